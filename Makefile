@@ -1,0 +1,49 @@
+# Every target sets up what it needs: the environment in .venv is made on first use, and again whenever
+# pyproject.toml or constraints.txt change. Another Python: make test PYTHON=python3.13
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench format clean
+
+# Nothing below needs a model hub, and nothing may wait for one.
+demo test bench: export HF_HUB_OFFLINE = 1
+
+help: ## say what can be made
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+
+demo: $(INSTALLED) ## prune a real small model end to end, into runs/demo
+	@$(VENV)/bin/blockpruner demo --run runs/demo
+
+test: $(INSTALLED) ## run the tests; more options for pytest in PYTEST_ARGS
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS)
+
+check: $(INSTALLED) ## formatting, lint and types
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/pyright
+
+bench: $(INSTALLED) ## what a search costs beside the published loop; options in BENCH_ARGS
+	@$(VENV)/bin/python benchmarks/search_cost.py $(BENCH_ARGS)
+
+format: $(INSTALLED) ## put the code in form
+	@$(VENV)/bin/ruff format
+	@$(VENV)/bin/ruff check --fix
+
+clean: ## remove .venv, caches and build products; runs/ stays
+	rm -rf $(VENV) build dist .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "blockpruner needs Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "setting up $(VENV): about 2 GB, a few minutes the first time" >&2
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[data,demo,dev,multi-gpu]'
+	@touch $@
