@@ -1,0 +1,159 @@
+"""What a search sees and what it promises.
+
+A search decides which masks to try; it knows moves and numbers, no tensors. It is deterministic. Everything else is
+the business of the `driver`: evaluating, remembering, the journal, counting, progress and the reason to stop.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, Protocol
+
+from blockpruner.artifacts import Estimate, Work
+from blockpruner.blocks import Mask, Move, Outline
+from blockpruner.errors import CheckFailedError
+from blockpruner.moves import GRANULARITIES, Target
+from blockpruner.registry import lookup
+
+DENSE: Mask = frozenset()
+
+Progress = Callable[[int, int, str], None]
+
+
+class Objective(Protocol):
+    """What a search minimises: mask -> loss, lower = better, as a mean over fixed windows that come in micro-batches.
+
+    The losses of one mask on one micro-batch must be the same bits whatever else is asked for, before or at once.
+    """
+
+    @property
+    def batches(self) -> int:
+        """Number of micro-batches of windows."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """Of a loss, as in `nats per token`."""
+        ...
+
+    def losses(self, masks: Sequence[Mask], batch: int) -> Iterable[tuple[float, ...]]:
+        """Per mask, in order and as they become known, the loss of each window of micro-batch `batch`; may be NaN."""
+        ...
+
+    def work(self, masks: Sequence[Mask]) -> Work:
+        """The counted work of evaluating `masks` on all micro-batches in one sweep."""
+        ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a search sees of its task: which moves there are, and when enough is removed.
+
+    protected: (stack, layer) of layers that no move may touch. InputError if the target cannot be reached.
+    """
+
+    outline: Outline
+    granularity: str
+    target: Target
+    protected: frozenset[tuple[str, int]] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.target.check(self.outline, self.granularity, self.moves(DENSE))
+
+    def moves(self, mask: Mask) -> tuple[Move, ...]:
+        """The moves on offer on top of `mask`, in tie order."""
+        moves = lookup(self.granularity, GRANULARITIES, "kind of move")(self.outline, mask)
+        return tuple(move for move in moves if not any((b.stack, b.layer) in self.protected for b in move.blocks))
+
+    def reached(self, mask: Mask, steps: int) -> bool:
+        """Whether `mask`, made by `steps` moves, removes enough."""
+        return self.target.reached(self.outline, mask, steps)
+
+    def most_steps(self) -> int:
+        """The number of moves to the target; an upper bound where the target counts parameters."""
+        return self.target.most_steps(self.outline, self.moves(DENSE))
+
+
+Scores = Mapping[Move, Estimate | None]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A decision: the move taken, and what every move that stood against it would have led to.
+
+    scores: the loss after each move, lower = better; None where it was not a finite number.
+    """
+
+    move: Move
+    scores: Scores
+
+
+Losses = Mapping[Mask, Estimate | None]
+Proposals = Generator[tuple[Mask, ...] | Chosen, Losses, None]
+
+
+class Search(Protocol):
+    """How masks are tried: a frozen dataclass, its fields the options of the method, one file in `searches/`.
+
+    title, source: its name and paper; nested: whether every first part of its steps is itself a plan.
+    """
+
+    title: ClassVar[str]
+    source: ClassVar[str]
+    nested: ClassVar[bool]
+
+    def propose(self, problem: Problem) -> Proposals:
+        """Yield masks to be sent their losses (None: not finite); yield `Chosen` for each decision, in order.
+
+        Deterministic: randomness comes from a seed and the number of the step, never from a generator kept between.
+        """
+        ...
+
+    def evaluations(self, problem: Problem) -> int:
+        """How many masks it will ask for; exact, or else an upper bound, which its docstring says."""
+        ...
+
+
+class Stop(StrEnum):
+    """Why a search ended."""
+
+    TARGET = "the target is reached"
+    NO_MOVES = "no move is left"
+    BUDGET = "the budget of evaluations is used up"
+    INTERRUPTED = "interrupted; the steps so far are a usable plan"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One removal: the move, the loss with it and all before it gone (None: not evaluated, or not finite)."""
+
+    move: Move
+    loss: Estimate | None
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found, with its evidence.
+
+    dense: the loss with nothing removed; evaluations: distinct masks evaluated, the dense one included;
+    work: of those evaluations, those that a journal answered included, so that a resumed run says the same.
+    """
+
+    steps: tuple[Step, ...]
+    dense: Estimate
+    stop_reason: Stop
+    evaluations: int
+    work: Work
+
+
+def lowest(scores: Scores) -> Move:
+    """The move of strictly lowest loss, the first of equals; CheckFailedError if no loss is finite."""
+    finite = {move: score.value for move, score in scores.items() if score is not None}
+    if not finite:
+        names = ", ".join(str(move) for move in list(scores)[:3])
+        raise CheckFailedError(
+            f"none of the {len(scores)} candidates ({names}, ...) has a finite loss",
+            fix="search in float32 (--dtype float32), or stop at an earlier target",
+        )
+    return min(finite, key=finite.__getitem__)
