@@ -1,0 +1,163 @@
+"""Save a model without its removed blocks, and do not say done before a fresh process has loaded it and agreed.
+
+Three forms, the first that fits is taken: *stock* (what is left are whole layers: any runtime loads it), *stand-ins*
+(everything else; needs `import blockpruner` or `trust_remote_code=True`), *zeroed* (on request: the blocks stay as
+zeros, nothing is saved, every runtime computes the pruned model).
+"""
+
+import contextlib
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from blockpruner import reloading
+from blockpruner.anatomy import Anatomy
+from blockpruner.artifacts import check_new_folder, new_folder
+from blockpruner.blocks import Mask
+from blockpruner.errors import CheckFailedError, InputError
+from blockpruner.probing import example_inputs, with_parameters
+from blockpruner.repack import repacked
+from blockpruner.standin import auto_classes, unpruned
+from blockpruner.surgery import prune_, skipped
+
+Form = Literal["stock", "stand-ins", "zeroed"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written: the form, the parameters it has, its bytes of weights, and the largest difference of logits.
+
+    difference: max |logit(reloaded) - logit(blocks skipped in the dense model)| on 2 x 16 random tokens.
+    """
+
+    folder: Path
+    form: Form
+    parameters: int
+    weight_bytes: int
+    difference: float
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    anatomy: Anatomy,
+    mask: Mask,
+    out: Path,
+    *,
+    form: Form | None = None,
+    source: Path | None = None,
+    extra_files: dict[str, bytes] | None = None,
+) -> Saved:
+    """Write `model` without the blocks of `mask` to the new folder `out`, reloaded and compared.
+
+    The model is only borrowed for the stock and zeroed forms; for stand-ins its blocks are removed for good.
+    form: None takes stock where it fits, else stand-ins; source: the folder the model came from, never written into;
+    extra_files: name -> bytes, put beside the weights (the plan).
+    InputError when `out` exists or `form` does not fit; CheckFailedError, and no folder, when the reload disagrees.
+    Cost: one forward pass of 2 x 16 tokens here, one load and the same pass in the fresh process.
+    """
+    check_new_folder(out, sources=(source,) if source else ())
+    anatomy.outline.check(mask, "the plan")
+    base = unpruned(type(model))
+    autos = auto_classes(base)
+    if not autos:
+        raise InputError(
+            f"{base.__name__} belongs to no Auto class of transformers", fix="load it through an Auto class"
+        )
+    if base is not type(model) and form not in (None, "stand-ins"):
+        raise InputError(f"the model was pruned before, so it has no {form} form", fix="prune the dense model instead")
+    inputs = example_inputs(model, seed=1)
+    with skipped(model, mask, anatomy=anatomy):
+        truth = _output(model, inputs)
+    with new_folder(out) as folder:
+        taken = _write(model, anatomy, mask, folder, form)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        for name, data in (extra_files or {}).items():
+            (folder / name).write_bytes(data)
+        exact = model.dtype.itemsize >= 4
+        difference = _compare(folder, autos[0], inputs, truth, exact=exact, remote=taken == "stand-ins")
+        files = sorted(folder.glob("*.safetensors"))
+        parameters = sum(_parameters(file) for file in files)
+        size = sum(file.stat().st_size for file in files)
+    return Saved(out, taken, parameters, size, difference)
+
+
+def _write(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, folder: Path, form: Form | None) -> Form:
+    if form == "zeroed":
+        with _zeroed(model, anatomy, mask):
+            model.save_pretrained(folder)
+        return "zeroed"
+    if form != "stand-ins" and unpruned(type(model)) is type(model):
+        with repacked(model, anatomy, mask) as fits:
+            if fits:
+                model.save_pretrained(folder)
+                return "stock"
+        if form == "stock":
+            raise InputError(
+                "what this plan leaves is not made of whole layers, so there is no stock form of it",
+                fix="search with --moves layer or --moves stock, or leave out --form",
+            )
+    prune_(model, mask, anatomy=anatomy)
+    model.save_pretrained(folder)
+    return "stand-ins"
+
+
+@contextlib.contextmanager
+def _zeroed(model: PreTrainedModel, anatomy: Anatomy, mask: Mask) -> Iterator[None]:
+    with contextlib.ExitStack() as undo:
+        for block in sorted(mask, key=lambda b: b.order):
+            for path in anatomy.parts[block].modules:
+                undo.enter_context(with_parameters(model.get_submodule(path), torch.zeros_like))
+        yield
+
+
+def _output(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return reloading.first_output(model(**inputs)).float().cpu()
+
+
+def _compare(
+    folder: Path, auto_class: str, inputs: dict[str, Tensor], truth: Tensor, *, exact: bool, remote: bool
+) -> float:
+    """Largest difference between `truth` and the logits of the checkpoint in a fresh process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        given, made = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
+        save_file({name: tensor.cpu().contiguous() for name, tensor in inputs.items()}, given)
+        command = [sys.executable, "-P", reloading.__file__, str(folder), auto_class, str(given), str(made)]
+        command += ["remote"] if remote else []
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch, "modules"))}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise CheckFailedError(
+                f"the checkpoint does not load in a fresh process: {reason[0]}",
+                fix="nothing was kept; try --form stand-ins or --form zeroed, and report this message",
+            )
+        found = load_file(made)["logits"].float()
+    difference = float((found - truth).abs().max())
+    tolerance = (1e-4 if exact else 1e-2) * max(1.0, float(truth.abs().max()))
+    if not difference <= tolerance:
+        raise CheckFailedError(
+            f"the reloaded checkpoint computes something else: logits differ by up to {difference:.3g}",
+            fix="nothing was kept; try --form stand-ins or --form zeroed, and report this message",
+        )
+    return difference
+
+
+def _parameters(file: Path) -> int:
+    with safe_open(file, framework="pt") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())

@@ -1,0 +1,152 @@
+"""What a search minimises: mask -> mean next-token loss over fixed calibration windows, in nats."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blockpruner.anatomy import Anatomy
+from blockpruner.artifacts import Work
+from blockpruner.blocks import Mask
+from blockpruner.errors import InputError
+from blockpruner.masktree import MaskTree, sweep_work
+from blockpruner.metrics import token_losses
+from blockpruner.probing import accepts, first_tensor
+from blockpruner.surgery import skipped
+
+BATCH_TOKENS = 2048
+PROBE_HEAD_TOKENS = 128
+_log = logging.getLogger("blockpruner")
+
+
+class LossObjective:
+    """Language-modelling loss of the model without the blocks of a mask.
+
+    loss(mask, window) = mean over positions 1..T-1 of -log p(token | tokens before it); BlockPruner's perplexity is the
+    exponential of its mean over windows. Windows are evaluated in fixed micro-batches of about BATCH_TOKENS tokens, so
+    the loss of (mask, window) has the same bits whatever else is asked.
+
+    Uses the mask tree when a probe finds that it agrees with plain forward passes on this very model (states at full
+    window length, losses on PROBE_HEAD_TOKENS positions), else plain forward passes; `fallback` says why.
+    """
+
+    unit = "nats per token"
+
+    def __init__(
+        self, model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, *, batch_tokens: int = BATCH_TOKENS
+    ) -> None:
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise InputError(
+                f"{type(model).__name__} does not predict next tokens, so it has no language-modelling loss",
+                fix="give a decoder-only model; encoders and encoder-decoders can be inspected and pruned by a written plan",
+            )
+        self.model, self.anatomy, self.windows = model, anatomy, windows
+        self.batch_tokens = batch_tokens
+        self._size = max(1, batch_tokens // windows.shape[1])
+        self.batches = -(-len(windows) // self._size)
+        self.fallback = self._probe()
+        if self.fallback:
+            _log.warning("plain forward passes instead of the mask tree: %s", self.fallback)
+
+    def losses(self, masks: Sequence[Mask], batch: int) -> Iterator[tuple[float, ...]]:
+        """Per mask (each given once), as they become known, the loss of each window of one micro-batch."""
+        windows = self.windows[batch * self._size : (batch + 1) * self._size]
+        for _, found in self._token_losses(masks, windows):
+            yield tuple(found.double().mean(dim=1).tolist())
+
+    def work(self, masks: Sequence[Mask]) -> Work:
+        """What evaluating `masks` on all windows costs, counted: shared prefixes once, unless the tree is not used."""
+        layers = [layer for stack in self.anatomy.stacks for layer in stack.layers]
+        count, length = self.windows.shape
+        groups = [[mask] for mask in masks] if self.fallback else [list(masks)]
+        return sum((sweep_work(layers, group, count, length) for group in groups), Work())
+
+    def seconds(self, work: Work) -> float:
+        """How long `work` takes here, from one timed pass of the whole model over one micro-batch."""
+        body, head = self._rates
+        return body * (work.attention_tokens + work.mlp_tokens) + head * work.head_tokens
+
+    @cached_property
+    def _rates(self) -> tuple[float, float]:
+        """Seconds per block-token and per head-token."""
+        windows = self.windows[: self._size].to(self.model.device)
+        layers = [layer for stack in self.anatomy.stacks for layer in stack.layers]
+        work = sweep_work(layers, [frozenset()], *windows.shape)
+        start = time.perf_counter()
+        if self.fallback:
+            plain_losses(self.model, windows)
+            rate = (time.perf_counter() - start) / (work.attention_tokens + work.mlp_tokens + work.head_tokens)
+            return rate, rate
+        (state,) = self._tree.final_states([frozenset()], windows).values()
+        middle = time.perf_counter()
+        self._tree.head_losses(state, windows)
+        blocks = max(1, work.attention_tokens + work.mlp_tokens)
+        return (middle - start) / blocks, (time.perf_counter() - middle) / work.head_tokens
+
+    def _token_losses(self, masks: Sequence[Mask], windows: Tensor) -> Iterator[tuple[Mask, Tensor]]:
+        if not self.fallback:
+            yield from self._tree.losses(masks, windows)
+            return
+        for mask in masks:
+            with skipped(self.model, mask, anatomy=self.anatomy):
+                yield mask, plain_losses(self.model, windows)
+
+    @torch.no_grad()
+    def _probe(self) -> str:
+        """Empty if the mask tree agrees with plain forward passes on the last window, else the reason it is not used."""
+        if len(self.anatomy.stacks) != 1:
+            return f"the model has {len(self.anatomy.stacks)} stacks"
+        self._tree = MaskTree(self.model, self.anatomy)
+        (stack,) = self.anatomy.stacks
+        exact = self.model.dtype.itemsize >= 4
+        early = [p.block for layer in stack.layers[: -(-len(stack.layers) // 3)] for p in layer.parts]
+        kinds = {block.kind: frozenset([block]) for block in early}
+        masks: list[Mask] = [frozenset(), *kinds.values()]
+        window = self.windows[-1:].to(self.model.device)
+        last = self.model.get_submodule(stack.layers[-1].path)
+        for mask, state in self._tree.final_states(masks, window).items():
+            with skipped(self.model, mask, anatomy=self.anatomy):
+                gap = float((_final_state(self.model, last, window) - state).abs().max() / state.abs().max())
+            if not gap <= (1e-5 if exact else 1e-2):
+                return f"without {next(iter(mask), 'nothing')} the last state differs by {gap:.2g} of its size"
+        short = window[:, :PROBE_HEAD_TOKENS]
+        for mask, found in self._tree.losses(masks, short):
+            with skipped(self.model, mask, anatomy=self.anatomy):
+                gaps = (plain_losses(self.model, short) - found).abs()
+            gap = float(gaps.max() if exact else gaps.mean())
+            if not gap <= (1e-4 if exact else 2e-2):
+                return f"without {next(iter(mask), 'nothing')} token losses differ by {gap:.2g} nats"
+        return ""
+
+
+class _Seen(Exception):
+    """Carries the output of the last layer out of a forward pass."""
+
+
+def _final_state(model: PreTrainedModel, last: torch.nn.Module, window: Tensor) -> Tensor:
+    def stop(_module: torch.nn.Module, _args: object, output: object) -> None:
+        raise _Seen(first_tensor(output))
+
+    handle = last.register_forward_hook(stop)
+    try:
+        model(input_ids=window, **({"use_cache": False} if accepts(model, "use_cache") else {}))
+    except _Seen as seen:
+        return seen.args[0]
+    finally:
+        handle.remove()
+    raise InputError(f"{type(model).__name__} does not call its last layer", fix="report the model's type")
+
+
+@torch.no_grad()
+def plain_losses(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    """Token losses [windows, tokens - 1] from ordinary forward passes, one window at a time, on the CPU in float32."""
+    extra = {"use_cache": False} if accepts(model, "use_cache") else {}
+    losses = []
+    for window in windows.to(model.device):
+        logits = model(input_ids=window[None], **extra).logits[0, :-1]
+        losses.append(token_losses(logits, window[1:]).cpu())
+    return torch.stack(losses)

@@ -1,0 +1,236 @@
+"""Watch a model at work: example inputs, recorded calls, and modules that are replaced for a moment."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from blockpruner.errors import UnsupportedModelError
+from blockpruner.standin import replace_module, stand_in_for
+
+Key = int | str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: what it was given and what it returned (references, not copies)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    def inputs(self) -> Iterator[tuple[Key, Any]]:
+        yield from enumerate(self.args)
+        yield from self.kwargs.items()
+
+    def again(self, module: nn.Module, changed: Mapping[Key, Any] | None = None) -> Any:
+        """Call `module` with these arguments, those in `changed` replaced."""
+        changed = changed or {}
+        args = [changed.get(position, value) for position, value in enumerate(self.args)]
+        return module(*args, **{name: changed.get(name, value) for name, value in self.kwargs.items()})
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor that an output is, or begins with."""
+    if isinstance(output, (tuple, list)):
+        output = output[0] if output else None
+    return output if isinstance(output, Tensor) else None
+
+
+def example_inputs(model: PreTrainedModel, batch: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, Tensor]:
+    """Random token ids for one forward pass of any text model; no padding, no cache."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary // 8, vocabulary, (batch, tokens), generator=generator).to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether the forward of `model` takes an argument called `name`, by itself or through **kwargs."""
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While the block runs, `model` is in eval mode; then each module in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+    """While the block runs, collect the calls of `modules`, by name, in the order they ended."""
+    calls: dict[str, list[Call]] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.setdefault(name, []).append(Call(args, kwargs, output))
+
+        return hook
+
+    handles = [module.register_forward_hook(record(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def replaced(root: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """While the block runs, `modules` sit at their paths below `root`; always put back, also after an exception."""
+    old: list[tuple[str, nn.Module]] = []
+    try:
+        for path, module in modules.items():
+            old.append((path, replace_module(root, path, module)))
+        yield
+    finally:
+        for path, module in reversed(old):
+            replace_module(root, path, module)
+
+
+@contextlib.contextmanager
+def stood_in(root: nn.Module, specs: Mapping[str, dict[str, Any]]) -> Iterator[None]:
+    """While the block runs, stand-ins take the place of the modules at these paths below `root`."""
+    with replaced(root, {path: stand_in_for(root.get_submodule(path), spec) for path, spec in specs.items()}):
+        yield
+
+
+@contextlib.contextmanager
+def with_parameters(module: nn.Module, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, every floating-point parameter `p` of `module` holds `make(p)`; then itself again."""
+    kept = [(p, p.data) for p in module.parameters() if p.is_floating_point()]
+    try:
+        for parameter, data in kept:
+            parameter.data = make(data)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def zeroed(data: Tensor) -> Tensor:
+    """Zeros in the shape of `data`; matrices take no memory (grouped kernels want real strides)."""
+    if data.ndim > 2:
+        return torch.zeros_like(data)
+    return torch.zeros((), dtype=data.dtype, device=data.device).expand(data.shape)
+
+
+def scrambled(seed: int) -> Callable[[Tensor], Tensor]:
+    """Makes random parameters of ordinary size, so that nothing is zero or one by initialisation or by training."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(data: Tensor) -> Tensor:
+        noise = torch.randn(data.shape, generator=generator, dtype=torch.float32)
+        spread = 0.1 if data.ndim < 2 else data[0].numel() ** -0.5
+        offset = 1.0 if data.ndim == 1 else 0.0
+        return (offset + spread * noise).to(data.device, data.dtype)
+
+    return make
+
+
+@contextlib.contextmanager
+def cache_writes(watched: Mapping[str, nn.Module]) -> Iterator[dict[str, list[int]]]:
+    """While the block runs, collect which module (by name, the innermost one) wrote keys and values to which slots."""
+    running: list[str] = []
+    writes: dict[str, list[int]] = {}
+    original = Cache.update
+
+    def update(self: Cache, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if running:
+            slots = writes.setdefault(running[-1], [])
+            if layer_idx not in slots:
+                slots.append(layer_idx)
+        return original(self, key_states, value_states, layer_idx, *args, **kwargs)
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    handles = []
+    for name, module in watched.items():
+        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    Cache.update = update  # the one place every cache class passes through
+    try:
+        yield writes
+    finally:
+        Cache.update = original
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class SeenLayer:
+    """One element of a layer stack as it was called; `hidden` is the input that carries the residual stream."""
+
+    path: str
+    module: nn.Module
+    call: Call
+    hidden: Key
+
+    @property
+    def stream(self) -> Tensor:
+        return dict(self.call.inputs())[self.hidden]
+
+
+def find_stacks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, list[SeenLayer]]:
+    """The layer stacks that one forward pass runs through, by the path of their nn.ModuleList.
+
+    A stack is an outermost list whose elements were each called once and map one of their inputs, a float tensor
+    [batch, tokens, hidden], to a tensor of the same shape. UnsupportedModelError, saying what was seen, if none is.
+    """
+    lists = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
+    }
+    elements = {f"{path}.{i}": element for path, found in lists.items() for i, element in enumerate(found)}
+    extra: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
+    with torch.no_grad(), recorded(elements) as calls:
+        model(**inputs, **extra)
+    batch, tokens = inputs["input_ids"].shape
+    stacks: dict[str, list[SeenLayer]] = {}
+    for path, found in lists.items():
+        if any(path.startswith(f"{outer}.") for outer in stacks):
+            continue
+        layers = [_seen(f"{path}.{i}", element, calls, (batch, tokens)) for i, element in enumerate(found)]
+        if layers and all(layers):
+            stacks[path] = [layer for layer in layers if layer]
+    if not stacks:
+        listed = (
+            ", ".join(f"{path} ({type(found[0]).__name__} x {len(found)})" for path, found in lists.items()) or "none"
+        )
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: no stack of layers that each map the hidden states to the same shape; module lists: {listed}",
+            fix="see docs on teaching an architecture, or report it with this message",
+        )
+    return stacks
+
+
+def _seen(
+    path: str, module: nn.Module, calls: Mapping[str, Sequence[Call]], shape: tuple[int, int]
+) -> SeenLayer | None:
+    made = calls.get(path, ())
+    if len(made) != 1:
+        return None
+    output = first_tensor(made[0].output)
+    if output is None or output.ndim != 3 or tuple(output.shape[:2]) != shape or not output.is_floating_point():
+        return None
+    for key, value in made[0].inputs():
+        if isinstance(value, Tensor) and value.shape == output.shape and value.is_floating_point():
+            return SeenLayer(path, module, made[0], key)
+    return None

@@ -1,0 +1,275 @@
+"""What takes a removed block's place; self-contained: this file ships beside the weights of pruned checkpoints.
+
+A stand-in owns no parameters. It returns what the removed module would have returned had its weights been zero:
+zeros, or one of its own inputs where the module added the residual itself. It also keeps the key/value cache
+honest: transformers reads lengths and mask sizes from one representative cache slot, so a slot that is never
+written makes positions restart at 0, silently. A stand-in writes zeros of one head and one dimension there
+for the tokens it has seen (two numbers per token), or zeros of the slot's own shape where it has one already.
+
+`config.json` of such a checkpoint has a model type that stock transformers does not know, so that nothing can load
+it by accident and fill the missing tensors with random numbers. It loads after `import blockpruner`, or with
+`trust_remote_code=True`, which runs this file.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.models.auto import configuration_auto, modeling_auto
+
+MODEL_TYPE = "blockpruner"
+FORMAT_VERSION = 1
+_PREFIX = "Blockpruner"  # of the names of pruned classes
+# Stands in config.json as the number of a label: it is none, so that a stock class which is given such a folder directly
+# stops with this text. Else it would fill the missing tensors with random numbers, and only warn.
+_REFUSAL = "blocks are missing here: use an Auto class, with `import blockpruner` before it or trust_remote_code=True"
+
+
+class StandIn(nn.Module):
+    """Returns zeros or an input, in the structure the removed module returned; `spec` is plain JSON.
+
+    spec["output"]: "zeros", "input", None, {"tuple": [...]} or {"list": [...]} of these;
+    spec["input"]: position or name of the input that gives shape, dtype and device, and is what "input" returns;
+    spec["width"]: last dimension of the zeros; spec["cache"]: the cache slots that the module wrote.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        key = self.spec["input"]
+        hidden = args[key] if isinstance(key, int) else kwargs[key]
+        for index in self.spec.get("cache", ()):
+            _write_ghost((*args, *kwargs.values()), index, hidden)
+        return self._fill(self.spec["output"], hidden)
+
+    def _fill(self, template: Any, hidden: Tensor) -> Any:
+        if template == "zeros":
+            return hidden.new_zeros((*hidden.shape[:-1], self.spec.get("width") or hidden.shape[-1]))
+        if template == "input":
+            return hidden
+        if template is None:
+            return None
+        ((container, items),) = template.items()
+        filled = [self._fill(item, hidden) for item in items]
+        return tuple(filled) if container == "tuple" else filled
+
+    def extra_repr(self) -> str:
+        return str(self.spec["output"])
+
+
+def _write_ghost(values: tuple[Any, ...], index: int, hidden: Tensor) -> None:
+    """Write zeros for the tokens of `hidden` into slot `index` of the cache among `values`, if there is one."""
+    cache = next((value for value in values if isinstance(value, (Cache, EncoderDecoderCache))), None)
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    if cache is None:
+        return
+    slot = cache.layers[index] if index < len(cache.layers) else None
+    if slot is not None and not isinstance(slot, (DynamicLayer, StaticLayer)):
+        raise TypeError(
+            f"{type(slot).__name__} holds no keys and values, but a removed attention block has to write there"
+        )
+    if "Quantized" in type(slot).__name__:
+        raise NotImplementedError(
+            f"a model with removed attention blocks cannot use a quantized cache ({type(slot).__name__}); "
+            "use the default cache, or cache_implementation='static' or 'offloaded'"
+        )
+    batch, tokens = hidden.shape[0], hidden.shape[1]
+    ghosts = []
+    for name in ("keys", "values"):
+        held = getattr(slot, name, None)
+        shaped = isinstance(held, Tensor) and held.ndim == 4 and held.shape[1] * held.shape[3] > 0
+        heads, width = (held.shape[1], held.shape[3]) if shaped else (1, 1)
+        ghosts.append(
+            torch.zeros(batch, heads, tokens, width, dtype=held.dtype if shaped else hidden.dtype, device=hidden.device)
+        )
+    cache.update(*ghosts, index)
+
+
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Put `module` at `path` below `root`; returns what was there."""
+    parent_path, _, name = path.rpartition(".")
+    parent = root.get_submodule(parent_path)
+    old = parent._modules[name]
+    if old is None:
+        raise KeyError(path)
+    parent._modules[name] = module
+    return old
+
+
+def stand_in_for(old: nn.Module, spec: dict[str, Any], of: type[StandIn] = StandIn) -> StandIn:
+    """A stand-in that also answers to the plain attributes (numbers, flags, names) that a parent may read from `old`."""
+    new = of(spec)
+    for name, value in vars(old).items():
+        if type(value) in (int, float, bool, str) and not name.startswith("_"):
+            setattr(new, name, value)
+    new.train(old.training)
+    return new
+
+
+def place(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
+    """Put a stand-in at every path of `modules` (path -> spec), for good."""
+    for path, spec in modules.items():
+        replace_module(model, path, stand_in_for(model.get_submodule(path), spec))
+
+
+def unpruned(kind: type) -> type:
+    """The class of transformers behind a pruned model's or configuration's class; any other class itself."""
+    return getattr(kind, "_unpruned", kind)
+
+
+def adopt(model: PreTrainedModel, removed: list[str], modules: dict[str, dict[str, Any]]) -> None:
+    """Mark `model`, whose stand-ins are in place, so that `save_pretrained` writes a checkpoint that knows of them.
+
+    removed: block names, for people; modules: path -> spec. A second call adds to the first.
+    """
+    base_config = unpruned(type(model.config))
+    earlier = getattr(model.config, MODEL_TYPE, None) or {"removed": [], "modules": {}}
+    record = {
+        "format_version": FORMAT_VERSION,
+        "base_model_type": base_config.model_type,
+        "removed": [*earlier["removed"], *removed],
+        "modules": {**earlier["modules"], **modules},
+    }
+    model.config.__class__ = pruned_config_class(base_config)
+    setattr(model.config, MODEL_TYPE, record)
+    model.__class__ = pruned_model_class(unpruned(type(model)))
+    _register(base_config)
+
+
+@functools.cache
+def pruned_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The subclass of `base` that says on disk, and only there, that it is not `base`."""
+
+    class PrunedConfig(base):  # type: ignore[misc, valid-type]
+        _unpruned = base
+        _auto_class: ClassVar[str | None] = "AutoConfig"  # has transformers ship this file beside every config.json
+
+        def to_json_string(self, use_diff: bool = True) -> str:
+            plain = json.loads(super().to_json_string(use_diff))
+            return json.dumps(_locked(plain) if MODEL_TYPE in plain else plain, indent=2, sort_keys=True) + "\n"
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            return super().from_dict(_unlocked(config_dict), **kwargs)
+
+    PrunedConfig.__name__ = PrunedConfig.__qualname__ = _PREFIX + base.__name__
+    return PrunedConfig
+
+
+@functools.cache
+def pruned_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The subclass of `base` that puts the stand-ins in place when it is made."""
+
+    class PrunedModel(base):  # type: ignore[misc, valid-type]
+        _unpruned = base
+        config_class = pruned_config_class(base.config_class)
+
+        def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            # As in every checkpoint, paths are those of the model that was saved: with a head, or without one.
+            inner = f"{base.base_model_prefix}."
+            outer = inner if hasattr(self, base.base_model_prefix) else ""
+            place(
+                self,
+                {
+                    outer + path.removeprefix(inner): spec
+                    for path, spec in getattr(config, MODEL_TYPE)["modules"].items()
+                },
+            )
+
+    PrunedModel.__name__ = PrunedModel.__qualname__ = _PREFIX + base.__name__
+    return PrunedModel
+
+
+def __getattr__(name: str) -> type:
+    """The class of a pruned model or configuration, made when asked for by name, as unpickling does."""
+    base = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    if not isinstance(base, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pruned_config_class(base) if issubclass(base, PreTrainedConfig) else pruned_model_class(base)
+
+
+def _locked(plain: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as it is written to disk: with a model type and a label that stock transformers refuses."""
+    names = [_PREFIX + name.removeprefix(_PREFIX) for name in plain.get("architectures") or ()]
+    home = f"{Path(__file__).stem}.{BlockprunerConfig.__name__}"
+    own = {"model_type": MODEL_TYPE, "architectures": names, "auto_map": {"AutoConfig": home}}
+    return _each_config(plain, lambda labels: {_REFUSAL: "", **labels}) | own
+
+
+def _unlocked(written: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_locked`; ValueError if the file is of a format that is not known here."""
+    if written.get("model_type") != MODEL_TYPE:
+        return written
+    record = written.get(MODEL_TYPE)
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+        found = record.get("format_version") if isinstance(record, dict) else None
+        raise ValueError(
+            f"config.json does not describe removed blocks in format {FORMAT_VERSION} (found: {found}); "
+            "upgrade blockpruner, or prune the model again"
+        )
+    plain = _each_config(written, lambda labels: {key: name for key, name in labels.items() if key.isdecimal()})
+    names = [name.removeprefix(_PREFIX) for name in written["architectures"]]
+    own = {"model_type": record["base_model_type"], "architectures": names}
+    return {key: value for key, value in plain.items() if key != "auto_map"} | own
+
+
+def _each_config(config: dict[str, Any], change: Callable[[dict[str, str]], dict[str, str]]) -> dict[str, Any]:
+    """`config` with changed labels, in the configurations inside it too: a stock class may take one for the whole."""
+    parts = {
+        key: _each_config(part, change)
+        for key, part in config.items()
+        if isinstance(part, dict) and "model_type" in part
+    }
+    return {**config, **parts, "id2label": change(config.get("id2label") or {}) or None}
+
+
+def _register(base: type[PreTrainedConfig]) -> None:
+    """Let every Auto class that makes models of `base` make pruned ones of its pruned configuration."""
+    for auto in _autos():
+        kind = auto._model_mapping.get(base, None)
+        if isinstance(kind, type) and getattr(kind, "config_class", None) is base:
+            auto.register(pruned_config_class(base), pruned_model_class(kind), exist_ok=True)
+
+
+def _autos() -> list[Any]:
+    """The Auto classes of transformers that make models."""
+    named = [getattr(modeling_auto, name) for name in modeling_auto.__all__ if name.startswith("AutoModel")]
+    return [auto for auto in named if getattr(auto, "_model_mapping", None) is not None]
+
+
+def auto_classes(model: type[PreTrainedModel]) -> list[str]:
+    """Names of the Auto classes that make `model`, a class of transformers, of its configuration."""
+    found = []
+    for auto in _autos():
+        made = auto._model_mapping.get(model.config_class, ())
+        if model.__name__ in [c.__name__ for c in (made if isinstance(made, (list, tuple)) else (made,))]:
+            found.append(auto.__name__)
+    return found
+
+
+class BlockprunerConfig(PreTrainedConfig):
+    """Entry point for AutoConfig: hands back a configuration of the base architecture, marked as pruned."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        kind = _unlocked(config_dict)["model_type"]
+        if kind not in configuration_auto.CONFIG_MAPPING:
+            raise ValueError(
+                f"transformers {transformers.__version__} does not know the model type {kind!r}; upgrade it"
+            )
+        base = configuration_auto.CONFIG_MAPPING[kind]
+        _register(base)
+        return pruned_config_class(base).from_dict(config_dict, **kwargs)

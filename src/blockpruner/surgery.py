@@ -1,0 +1,49 @@
+"""Take blocks out of a model: for a while (`skipped`), or for good (`prune_`)."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from transformers import PreTrainedModel
+
+from blockpruner.anatomy import Anatomy, read_anatomy
+from blockpruner.blocks import Block
+from blockpruner.errors import InputError
+from blockpruner.probing import stood_in
+from blockpruner.standin import adopt, place
+
+
+def _blocks(blocks: Iterable[Block | str]) -> list[Block]:
+    found = [block if isinstance(block, Block) else Block.parse(block) for block in blocks]
+    if len(set(found)) != len(found):
+        raise InputError("a block is named twice", fix="name every block to remove once")
+    return found
+
+
+@contextlib.contextmanager
+def skipped(
+    model: PreTrainedModel, blocks: Iterable[Block | str], *, anatomy: Anatomy | None = None
+) -> Iterator[PreTrainedModel]:
+    """While the block runs, `model` works without `blocks`; it is always restored, also after an exception.
+
+    blocks: Block or text (`"attention.3"`); anatomy: pass it when there is one, reading it costs a few short passes.
+    Logits, generation with any cache, gradients and hooks work as on the whole model.
+    """
+    anatomy = anatomy or read_anatomy(model)
+    with stood_in(model, anatomy.stand_ins(_blocks(blocks))):
+        yield model
+
+
+def prune_(model: PreTrainedModel, blocks: Iterable[Block | str], *, anatomy: Anatomy | None = None) -> PreTrainedModel:
+    """Remove `blocks` from `model` for good, in place; returns the same model.
+
+    The blocks' memory is freed, with the norms and projections that only they needed. `save_pretrained` then writes a
+    checkpoint that reloads with the blocks missing (after `import blockpruner`, or with `trust_remote_code=True`);
+    `blockpruner.checkpoint` knows better forms. A model pruned before can be pruned further.
+    """
+    found = _blocks(blocks)
+    anatomy = anatomy or read_anatomy(model)
+    specs = anatomy.stand_ins(found)
+    if found:
+        place(model, specs)
+        adopt(model, [str(block) for block in sorted(found, key=lambda b: b.order)], specs)
+    return model
