@@ -140,8 +140,6 @@ ALLOWED_WRITES = {
     ("checkpoint.py", "save_file"): "a scratch file for the process that reloads the checkpoint",
     ("ggufs.py", "save_pretrained"): "into the folder that artifacts.new_folder made aside",
     ("reloading.py", "save_file"): "a scratch file, the answer of that process",
-    ("standin.py", "save_pretrained"): "the base class of a pruned model, asked by its own save_pretrained",
-    ("standin.py", "shutil.copyfile"): "on that occasion: this file, beside the weights",
 }
 
 

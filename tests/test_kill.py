@@ -9,8 +9,8 @@ from pathlib import Path
 
 from toys import Toy, plan_of, tangled, toy_problem
 
-from blockpruner.journal import Journal
 from blockpruner.driver import run
+from blockpruner.journal import Journal
 from blockpruner.searches.exhaustive import Exhaustive
 
 IDENTITY = {"model": "toy"}

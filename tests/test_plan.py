@@ -9,9 +9,9 @@ from toys import Toy, additive, toy_outline, toy_problem
 
 from blockpruner.artifacts import write_json
 from blockpruner.blocks import Block, Move, parse_mask
+from blockpruner.driver import run
 from blockpruner.errors import InputError
 from blockpruner.plan import ModelIdentity, Plan
-from blockpruner.driver import run
 from blockpruner.searches.exhaustive import Exhaustive
 
 MODEL = ModelIdentity(name="toy", model_type="toy", parameters=3200, fingerprint="f" * 64)

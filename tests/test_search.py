@@ -13,14 +13,14 @@ from toys import NOISE, Toy, additive, plan_of, tangled, toy_outline, toy_proble
 
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Block, Move
+from blockpruner.driver import price, run
 from blockpruner.errors import CheckFailedError
 from blockpruner.journal import Journal
 from blockpruner.plan import Plan
-from blockpruner.driver import price, run
-from blockpruner.searching import DENSE, Chosen, Problem, Proposals, Stop, lowest
 from blockpruner.searches import SEARCHES
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.random import Random
+from blockpruner.searching import DENSE, Chosen, Problem, Proposals, Stop, lowest
 
 IDENTITY = {"model": "toy"}
 EVALUATIONS = 1 + 8 + 7 + 6 + 5 + 4  # of the dense model, and of 5 of 8 blocks

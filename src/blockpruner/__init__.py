@@ -10,17 +10,42 @@ from typing import TYPE_CHECKING
 from blockpruner import autoload
 
 if TYPE_CHECKING:
+    from blockpruner.api import evaluate, inspect, save, search
     from blockpruner.blocks import Block, Move
     from blockpruner.errors import BlockprunerError
+    from blockpruner.models import load
+    from blockpruner.plan import Plan
+    from blockpruner.surgery import prune_, skipped
 
     __version__: str
 
-__all__ = ["Block", "BlockprunerError", "Move", "__version__"]
+__all__ = [
+    "Block",
+    "BlockprunerError",
+    "Move",
+    "Plan",
+    "__version__",
+    "evaluate",
+    "inspect",
+    "load",
+    "prune_",
+    "save",
+    "search",
+    "skipped",
+]
 
 _HOME = {
     "Block": "blockpruner.blocks",
     "BlockprunerError": "blockpruner.errors",
     "Move": "blockpruner.blocks",
+    "Plan": "blockpruner.plan",
+    "evaluate": "blockpruner.api",
+    "inspect": "blockpruner.api",
+    "load": "blockpruner.models",
+    "prune_": "blockpruner.surgery",
+    "save": "blockpruner.api",
+    "search": "blockpruner.api",
+    "skipped": "blockpruner.surgery",
 }
 
 

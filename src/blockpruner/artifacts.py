@@ -1,4 +1,4 @@
-"""Everything that goes to disk: one atomic writer, strict versioned JSON, run folders. Nothing here knows of tensors."""
+"""Everything that goes to disk: one atomic writer, strict versioned JSON, run folders; no tensors."""
 
 import contextlib
 import fcntl
@@ -215,7 +215,7 @@ class Estimate(Record):
 
 
 class Work(Record):
-    """Work counted in tokens: one mixing block (attention, cross-attention, mixer), mlp or loss applied to one token."""
+    """Work in tokens: one mixing block (attention, cross-attention, mixer), mlp or loss applied to one token."""
 
     attention_tokens: int = 0
     mlp_tokens: int = 0

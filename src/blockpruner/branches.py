@@ -1,4 +1,4 @@
-"""Find the residual branches of one layer by intervention: silence modules until nothing but the residual stream is left.
+"""Find the residual branches of a layer by intervention: silence modules until only the residual stream is left.
 
 No names and no architectures: the modules of a layer that turn hidden states into hidden states are candidates;
 a combination of stand-ins (zeros, or one of the module's own inputs) under which `layer(x)` equals `x` bit for bit
@@ -83,7 +83,7 @@ def dissect(layer: SeenLayer) -> Dissection:
 def runs_to_stream(layer: SeenLayer, specs: Mapping[str, Spec]) -> Tensor:
     """The layer's output hidden states with `specs` in place, on the recorded call."""
     with stood_in(layer.module, specs):
-        output = first_tensor(layer.call.again(layer.module))
+        output = first_tensor(layer.again())
     if output is None:
         raise UnsupportedModelError(f"{layer.path} returned no tensor", fix="report the model's type and this message")
     return output
@@ -93,7 +93,7 @@ def _calls_within(layer: SeenLayer) -> dict[str, Call]:
     """The call of each module below the layer that ran exactly once, in the order they ended."""
     inside = {path: module for path, module in layer.module.named_modules() if path}
     with recorded(inside) as calls:
-        layer.call.again(layer.module)
+        layer.again()
     return {path: made[0] for path, made in calls.items() if len(made) == 1}
 
 
@@ -112,7 +112,7 @@ def _silencing(layer: SeenLayer, calls: Mapping[str, Call]) -> dict[str, Spec]:
     raise UnsupportedModelError(
         f"{layer.path} ({type(layer.module).__name__}): no stand-ins make the layer return its input unchanged; "
         f"its modules: {children}",
-        fix="this layer scales or mixes its residual stream, or adds something that is no module; report the model's type",
+        fix="this layer scales or mixes its residual stream, or adds what is no module; report the model's type",
     )
 
 
@@ -225,14 +225,14 @@ def _passing(call: Call) -> Spec | None:
 
 
 def _kind(layer: SeenLayer, path: str, others: Mapping[str, Spec]) -> tuple[Kind, str]:
-    """Whether the branch mixes tokens, seen when one token of the stream changes while the other branches are silent."""
+    """Whether the branch mixes tokens: seen when one token of the stream changes and the other branches are silent."""
     place = layer.stream.shape[1] // 2
     turned = layer.stream.clone()
     turned[:, place] = turned[:, place].roll(1, dims=-1)
     added = []
     for stream in (layer.stream, turned):
         with stood_in(layer.module, others):
-            output = first_tensor(layer.call.again(layer.module, {layer.hidden: stream}))
+            output = first_tensor(layer.again(stream))
         added.append((output - stream).float() if output is not None else stream.float())
     moved = (added[0] - added[1]).abs().amax(dim=(0, 2))
     moved[place] = 0
@@ -259,7 +259,7 @@ def _is_serial(layer: SeenLayer, branches: list[Branch]) -> bool:
     seen = []
     for specs in ({}, branches[0].modules):
         with stood_in(layer.module, specs), recorded({mlp: layer.module.get_submodule(mlp)}) as calls:
-            layer.call.again(layer.module)
+            layer.again()
         seen.append([v for _, v in calls[mlp][0].inputs() if isinstance(v, Tensor)])
     return any(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
 

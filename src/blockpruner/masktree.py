@@ -146,7 +146,8 @@ class MaskTree:
         if len(removed) == len(layer.parts):
             return state  # proved: a layer without blocks is the identity
         with stood_in(self.model, layer_stand_ins(layer, removed)):
-            output = first_tensor(call.again(self.model.get_submodule(layer.path), {layer.hidden: state}))
+            # A copy: another child, or a prefix that skips this layer, may still need a state that is changed in place.
+            output = first_tensor(call.again(self.model.get_submodule(layer.path), {layer.hidden: state.clone()}))
         assert output is not None  # read_anatomy has seen it
         return output
 
@@ -165,7 +166,7 @@ class MaskTree:
 
     @torch.no_grad()
     def head_losses(self, state: Tensor, windows: Tensor) -> Tensor:
-        """Token losses [windows, tokens - 1] from the final states [windows, tokens, hidden], some positions at a time."""
+        """Token losses [windows, tokens - 1] from final states [windows, tokens, hidden], some positions at a time."""
         step = max(1, HEAD_POSITIONS // len(windows))
         losses = []
         for start in range(0, windows.shape[1] - 1, step):

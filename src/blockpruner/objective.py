@@ -15,7 +15,7 @@ from blockpruner.blocks import Mask
 from blockpruner.errors import InputError
 from blockpruner.masktree import MaskTree, sweep_work
 from blockpruner.metrics import token_losses
-from blockpruner.probing import accepts, first_tensor
+from blockpruner.probing import accepts, first_tensor, vocabulary_size
 from blockpruner.surgery import skipped
 
 BATCH_TOKENS = 2048
@@ -42,8 +42,9 @@ class LossObjective:
         if model.config.is_encoder_decoder or not model.can_generate():
             raise InputError(
                 f"{type(model).__name__} does not predict next tokens, so it has no language-modelling loss",
-                fix="give a decoder-only model; encoders and encoder-decoders can be inspected and pruned by a written plan",
+                fix="give a decoder-only model; other models can be inspected, and pruned by a written plan",
             )
+        _check_fits(model, windows)
         self.model, self.anatomy, self.windows = model, anatomy, windows
         self.batch_tokens = batch_tokens
         self._size = max(1, batch_tokens // windows.shape[1])
@@ -95,18 +96,29 @@ class LossObjective:
             with skipped(self.model, mask, anatomy=self.anatomy):
                 yield mask, plain_losses(self.model, windows)
 
-    @torch.no_grad()
     def _probe(self) -> str:
-        """Empty if the mask tree agrees with plain forward passes on the last window, else the reason it is not used."""
+        """Empty if the mask tree agrees with plain forward passes on the last window, else why it is not used."""
         if len(self.anatomy.stacks) != 1:
             return f"the model has {len(self.anatomy.stacks)} stacks"
         self._tree = MaskTree(self.model, self.anatomy)
+        try:
+            return self._disagreement(self.windows[-1:].to(self.model.device))
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            return f"it stops with {type(error).__name__}: {error}"
+
+    @torch.no_grad()
+    def _disagreement(self, window: Tensor) -> str:
+        """How far the tree is off where it may be: on the dense model, and without the first block of each kind.
+
+        From the first block on, every layer is called for several prefixes in turn, so whatever a layer keeps or hands
+        on outside of the stream is mixed up between them, and seen.
+        """
         (stack,) = self.anatomy.stacks
         exact = self.model.dtype.itemsize >= 4
-        early = [p.block for layer in stack.layers[: -(-len(stack.layers) // 3)] for p in layer.parts]
-        kinds = {block.kind: frozenset([block]) for block in early}
-        masks: list[Mask] = [frozenset(), *kinds.values()]
-        window = self.windows[-1:].to(self.model.device)
+        first = {part.block.kind: part.block for layer in reversed(stack.layers) for part in reversed(layer.parts)}
+        masks: list[Mask] = [frozenset(), *(frozenset([block]) for block in first.values())]
         last = self.model.get_submodule(stack.layers[-1].path)
         for mask, state in self._tree.final_states(masks, window).items():
             with skipped(self.model, mask, anatomy=self.anatomy):
@@ -121,6 +133,22 @@ class LossObjective:
             if not gap <= (1e-4 if exact else 2e-2):
                 return f"without {next(iter(mask), 'nothing')} token losses differ by {gap:.2g} nats"
         return ""
+
+
+def _check_fits(model: PreTrainedModel, windows: Tensor) -> None:
+    """InputError if the windows hold tokens, or are of a length, that the model does not know."""
+    rows = vocabulary_size(model)
+    if int(windows.max()) >= rows:
+        raise InputError(
+            f"the text has token {int(windows.max())}, and the model's vocabulary ends at {rows - 1}",
+            fix="use the tokenizer that belongs to the model",
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and windows.shape[1] > longest:
+        raise InputError(
+            f"windows of {windows.shape[1]} tokens are longer than the model's context of {longest}",
+            fix=f"choose --window {longest} or less",
+        )
 
 
 class _Seen(Exception):

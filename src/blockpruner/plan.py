@@ -17,8 +17,8 @@ from blockpruner.errors import InputError
 from blockpruner.foreign import read_moves
 from blockpruner.moves import format_protected
 from blockpruner.registry import format_method
-from blockpruner.searching import Problem, Search, SearchResult
 from blockpruner.searches import SEARCHES
+from blockpruner.searching import Problem, Search, SearchResult
 
 
 def _parses(text: str, kind: type[Block] | type[Move]) -> str:

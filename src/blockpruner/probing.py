@@ -45,10 +45,15 @@ def first_tensor(output: Any) -> Tensor | None:
 
 def example_inputs(model: PreTrainedModel, batch: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, Tensor]:
     """Random token ids for one forward pass of any text model; no padding, no cache."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(model)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary // 8, vocabulary, (batch, tokens), generator=generator).to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of rows of the input embedding."""
+    return model.get_input_embeddings().get_parameter("weight").shape[0]
 
 
 def accepts(model: nn.Module, name: str) -> bool:
@@ -186,6 +191,10 @@ class SeenLayer:
     def stream(self) -> Tensor:
         return dict(self.call.inputs())[self.hidden]
 
+    def again(self, stream: Tensor | None = None) -> Any:
+        """Call the layer as it was called, with a copy of its stream or of `stream`: some layers work in place."""
+        return self.call.again(self.module, {self.hidden: (self.stream if stream is None else stream).clone()})
+
 
 def find_stacks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, list[SeenLayer]]:
     """The layer stacks that one forward pass runs through, by the path of their nn.ModuleList.
@@ -215,8 +224,9 @@ def find_stacks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[st
             ", ".join(f"{path} ({type(found[0]).__name__} x {len(found)})" for path, found in lists.items()) or "none"
         )
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no stack of layers that each map the hidden states to the same shape; module lists: {listed}",
-            fix="see docs on teaching an architecture, or report it with this message",
+            f"{type(model).__name__}: no stack of layers that each map hidden states to the same shape; "
+            f"module lists: {listed}",
+            fix="report the model's type and this message",
         )
     return stacks
 

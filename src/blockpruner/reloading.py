@@ -3,10 +3,12 @@
     python -P reloading.py CHECKPOINT AUTO_CLASS INPUTS.safetensors OUTPUTS.safetensors [remote]
 
 It knows transformers only, never this package. With `remote` the file that ships beside the weights is run, as with
-`trust_remote_code=True`; without, no code of the checkpoint is. Exit 1 with the reason when tensors are missing, unexpected or of another shape.
+`trust_remote_code=True`; without, no code of the checkpoint is. Exit 1 with the reason when tensors are missing,
+unexpected or of another shape.
 """
 
 import sys
+from collections.abc import Mapping
 
 import torch
 import transformers
@@ -30,7 +32,7 @@ def main(checkpoint: str, auto_class: str, inputs: str, outputs: str, remote: st
     save_file({"logits": first_output(result).contiguous()}, outputs)
 
 
-def first_output(result: transformers.utils.ModelOutput) -> torch.Tensor:
+def first_output(result: Mapping[str | int, torch.Tensor]) -> torch.Tensor:
     """The logits of a model with a head, the last hidden state of one without."""
     return result["logits"] if "logits" in result else result[0]
 

@@ -97,7 +97,7 @@ def _mlp_paths(layer: Layer) -> list[str]:
 def _smaller_config(
     model: PreTrainedModel, config: PreTrainedConfig, stack: Stack, layers: tuple[NewLayer, ...]
 ) -> PreTrainedConfig | None:
-    """A configuration that makes exactly these layers; found by trial: which field counts the layers is not asked by name."""
+    """A configuration that makes exactly these layers; the field that counts layers is found by trial."""
     before = len(stack.layers)
     for path, fields in _dictionaries(config.to_dict()):
         for name, value in fields.items():
@@ -126,7 +126,7 @@ def _dictionaries(
 
 
 def _cut_lists(fields: Mapping[str, Any], before: int, layers: tuple[NewLayer, ...]) -> dict[str, Any]:
-    """Per-layer lists with one entry per remaining layer: the mlp's own settings from its layer, all others from the mixing half's."""
+    """Per-layer lists cut: settings of the mlp from the mlp half's layer, all others from the mixing half's."""
     cut = {}
     for name, value in fields.items():
         if not isinstance(value, (list, tuple)):

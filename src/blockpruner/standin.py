@@ -3,14 +3,15 @@
 A stand-in owns no parameters. It returns what the removed module would have returned had its weights been zero:
 zeros, or one of its own inputs where the module added the residual itself. It also keeps the key/value cache
 honest: transformers reads lengths and mask sizes from one representative cache slot, so a slot that is never
-written makes positions restart at 0, silently. A stand-in writes zeros of one head and one dimension there
-for the tokens it has seen (two numbers per token), or zeros of the slot's own shape where it has one already.
+written makes positions restart at 0, silently. A stand-in writes ones of one head and one dimension there
+for the tokens it has seen (two numbers per token), or ones of the slot's own shape where it has one already.
 
 `config.json` of such a checkpoint has a model type that stock transformers does not know, so that nothing can load
 it by accident and fill the missing tensors with random numbers. It loads after `import blockpruner`, or with
 `trust_remote_code=True`, which runs this file.
 """
 
+import copy
 import functools
 import json
 from collections.abc import Callable
@@ -27,8 +28,8 @@ from transformers.models.auto import configuration_auto, modeling_auto
 MODEL_TYPE = "blockpruner"
 FORMAT_VERSION = 1
 _PREFIX = "Blockpruner"  # of the names of pruned classes
-# Stands in config.json as the number of a label: it is none, so that a stock class which is given such a folder directly
-# stops with this text. Else it would fill the missing tensors with random numbers, and only warn.
+# Stands in config.json as the number of a label: it is none, so that a stock class which is given such a folder
+# directly stops with this text. Else it would fill the missing tensors with random numbers, and only warn.
 _REFUSAL = "blocks are missing here: use an Auto class, with `import blockpruner` before it or trust_remote_code=True"
 
 
@@ -48,7 +49,7 @@ class StandIn(nn.Module):
         key = self.spec["input"]
         hidden = args[key] if isinstance(key, int) else kwargs[key]
         for index in self.spec.get("cache", ()):
-            _write_ghost((*args, *kwargs.values()), index, hidden)
+            _write_ghost((*args, *kwargs.values()), index, hidden, kwargs.get("cache_position"))
         return self._fill(self.spec["output"], hidden)
 
     def _fill(self, template: Any, hidden: Tensor) -> Any:
@@ -66,9 +67,13 @@ class StandIn(nn.Module):
         return str(self.spec["output"])
 
 
-def _write_ghost(values: tuple[Any, ...], index: int, hidden: Tensor) -> None:
-    """Write zeros for the tokens of `hidden` into slot `index` of the cache among `values`, if there is one."""
-    cache = next((value for value in values if isinstance(value, (Cache, EncoderDecoderCache))), None)
+def _write_ghost(given: tuple[Any, ...], index: int, hidden: Tensor, positions: Tensor | None) -> None:
+    """Write ones for the tokens of `hidden` into slot `index` of the cache among `given`, if there is one.
+
+    Nothing ever reads them, but static caches of older transformers count the entries that are not zero. Those are also
+    told the positions to write to.
+    """
+    cache = next((value for value in given if isinstance(value, (Cache, EncoderDecoderCache))), None)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     if cache is None:
@@ -83,16 +88,16 @@ def _write_ghost(values: tuple[Any, ...], index: int, hidden: Tensor) -> None:
             f"a model with removed attention blocks cannot use a quantized cache ({type(slot).__name__}); "
             "use the default cache, or cache_implementation='static' or 'offloaded'"
         )
-    batch, tokens = hidden.shape[0], hidden.shape[1]
-    ghosts = []
-    for name in ("keys", "values"):
-        held = getattr(slot, name, None)
-        shaped = isinstance(held, Tensor) and held.ndim == 4 and held.shape[1] * held.shape[3] > 0
-        heads, width = (held.shape[1], held.shape[3]) if shaped else (1, 1)
-        ghosts.append(
-            torch.zeros(batch, heads, tokens, width, dtype=held.dtype if shaped else hidden.dtype, device=hidden.device)
-        )
-    cache.update(*ghosts, index)
+    keys, values = (_ghost(getattr(slot, name, None), hidden) for name in ("keys", "values"))
+    cache.update(keys, values, index, *([] if positions is None else [{"cache_position": positions}]))
+
+
+def _ghost(held: Any, hidden: Tensor) -> Tensor:
+    """Ones for the tokens of `hidden`, with the heads and the width that the slot holds already, else one and one."""
+    heads, width, dtype = 1, 1, hidden.dtype
+    if isinstance(held, Tensor) and held.ndim == 4 and held.shape[1] * held.shape[3] > 0:
+        heads, width, dtype = held.shape[1], held.shape[3], held.dtype
+    return torch.ones(hidden.shape[0], heads, hidden.shape[1], width, dtype=dtype, device=hidden.device)
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
@@ -107,7 +112,7 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
 
 
 def stand_in_for(old: nn.Module, spec: dict[str, Any], of: type[StandIn] = StandIn) -> StandIn:
-    """A stand-in that also answers to the plain attributes (numbers, flags, names) that a parent may read from `old`."""
+    """A stand-in that also answers to the plain attributes (numbers, flags, names) that a parent reads from `old`."""
     new = of(spec)
     for name, value in vars(old).items():
         if type(value) in (int, float, bool, str) and not name.startswith("_"):
@@ -130,18 +135,21 @@ def unpruned(kind: type) -> type:
 def adopt(model: PreTrainedModel, removed: list[str], modules: dict[str, dict[str, Any]]) -> None:
     """Mark `model`, whose stand-ins are in place, so that `save_pretrained` writes a checkpoint that knows of them.
 
-    removed: block names, for people; modules: path -> spec. A second call adds to the first.
+    removed: block names, for people; modules: path -> spec. A second call adds to the first. The model gets a
+    configuration of its own, since other models may hold the one it had.
     """
-    base_config = unpruned(type(model.config))
-    earlier = getattr(model.config, MODEL_TYPE, None) or {"removed": [], "modules": {}}
+    config, base_config = copy.copy(model.config), unpruned(type(model.config))
+    earlier = getattr(config, MODEL_TYPE, None) or {"removed": [], "modules": {}}
     record = {
         "format_version": FORMAT_VERSION,
         "base_model_type": base_config.model_type,
         "removed": [*earlier["removed"], *removed],
         "modules": {**earlier["modules"], **modules},
     }
-    model.config.__class__ = pruned_config_class(base_config)
-    setattr(model.config, MODEL_TYPE, record)
+    config.__class__ = pruned_config_class(base_config)
+    setattr(config, MODEL_TYPE, record)
+    for module in [module for module in model.modules() if getattr(module, "config", None) is model.config]:
+        module.config = config
     model.__class__ = pruned_model_class(unpruned(type(model)))
     _register(base_config)
 
@@ -179,13 +187,8 @@ def pruned_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             # As in every checkpoint, paths are those of the model that was saved: with a head, or without one.
             inner = f"{base.base_model_prefix}."
             outer = inner if hasattr(self, base.base_model_prefix) else ""
-            place(
-                self,
-                {
-                    outer + path.removeprefix(inner): spec
-                    for path, spec in getattr(config, MODEL_TYPE)["modules"].items()
-                },
-            )
+            specs = getattr(config, MODEL_TYPE)["modules"]
+            place(self, {outer + path.removeprefix(inner): spec for path, spec in specs.items()})
 
     PrunedModel.__name__ = PrunedModel.__qualname__ = _PREFIX + base.__name__
     return PrunedModel
@@ -203,7 +206,9 @@ def _locked(plain: dict[str, Any]) -> dict[str, Any]:
     """A configuration as it is written to disk: with a model type and a label that stock transformers refuses."""
     names = [_PREFIX + name.removeprefix(_PREFIX) for name in plain.get("architectures") or ()]
     home = f"{Path(__file__).stem}.{BlockprunerConfig.__name__}"
-    own = {"model_type": MODEL_TYPE, "architectures": names, "auto_map": {"AutoConfig": home}}
+    # AutoTokenizer, which needs no model, falls back on a class of no type; that class reads the part of no type.
+    record = {**plain[MODEL_TYPE], "model_type": ""}
+    own = {MODEL_TYPE: record, "model_type": MODEL_TYPE, "architectures": names, "auto_map": {"AutoConfig": home}}
     return _each_config(plain, lambda labels: {_REFUSAL: "", **labels}) | own
 
 
@@ -219,8 +224,9 @@ def _unlocked(written: dict[str, Any]) -> dict[str, Any]:
             "upgrade blockpruner, or prune the model again"
         )
     plain = _each_config(written, lambda labels: {key: name for key, name in labels.items() if key.isdecimal()})
-    names = [name.removeprefix(_PREFIX) for name in written["architectures"]]
-    own = {"model_type": record["base_model_type"], "architectures": names}
+    names = [name.removeprefix(_PREFIX) for name in written.get("architectures") or ()]
+    record = {key: value for key, value in record.items() if key != "model_type"}
+    own = {MODEL_TYPE: record, "model_type": record["base_model_type"], "architectures": names}
     return {key: value for key, value in plain.items() if key != "auto_map"} | own
 
 
@@ -229,7 +235,7 @@ def _each_config(config: dict[str, Any], change: Callable[[dict[str, str]], dict
     parts = {
         key: _each_config(part, change)
         for key, part in config.items()
-        if isinstance(part, dict) and "model_type" in part
+        if isinstance(part, dict) and part.get("model_type")
     }
     return {**config, **parts, "id2label": change(config.get("id2label") or {}) or None}
 
@@ -265,7 +271,7 @@ class BlockprunerConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        kind = _unlocked(config_dict)["model_type"]
+        kind = _unlocked({**config_dict, "model_type": MODEL_TYPE})["model_type"]
         if kind not in configuration_auto.CONFIG_MAPPING:
             raise ValueError(
                 f"transformers {transformers.__version__} does not know the model type {kind!r}; upgrade it"

@@ -1,9 +1,9 @@
 """The shelf of searches: one file per method, one line here."""
 
 from blockpruner.registry import parse_method
-from blockpruner.searching import Search
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.random import Random
+from blockpruner.searching import Search
 
 SEARCHES: dict[str, type[Search]] = {
     "exhaustive": Exhaustive,

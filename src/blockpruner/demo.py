@@ -1,0 +1,100 @@
+"""`blockpruner demo`: the whole job on a small real model, with random removals beside it."""
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from blockpruner.blocks import Mask
+from blockpruner.calibration import load_calibration
+from blockpruner.console import Progress, duration, say
+from blockpruner.driver import run
+from blockpruner.errors import CheckFailedError, InputError
+from blockpruner.evaluation.quality import Evaluation, evaluate_masks
+from blockpruner.models import load
+from blockpruner.pipeline import Rehearsal, Task, find_plan, open_subject, prepare, quote, save_subject
+from blockpruner.searches.random import Random
+from blockpruner.searching import Stop
+from blockpruner.tables import print_evaluation, print_plan, print_saved
+
+WINDOW, SEARCH_TOKENS, EVALUATION_TOKENS, BLOCKS, RANDOM_PLANS = 256, 1024, 8192, 6, 5
+CALIBRATION, HELD_BACK = "builtin[:40]", "builtin[40:]"
+PROMPT = "The most important thing to know about water is"
+
+GENERATE = """
+import sys, blockpruner
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+written = model.generate(**tokenizer(sys.argv[2], return_tensors="pt"), max_new_tokens=32, do_sample=False)
+print(tokenizer.decode(written[0], skip_special_tokens=True))
+"""
+
+
+def run_demo(folder: Path, dtype: str) -> None:
+    """Search 6 of 36 blocks on 1,024 tokens of Python's documentation, evaluate on other topics, save, generate.
+
+    The run folder gets the journal, plan.json, evaluation.json and the pruned model. CheckFailedError if the plan is
+    not better than the mean of 5 random removals by 3 standard errors.
+    """
+    out = folder / "model"
+    if out.exists():
+        raise InputError(f"{out} already exists", fix=f"remove {folder} to run the demo again, or name another --run")
+    say("loading Gemma 3 270M (Gemma terms of use apply); the first time it is unpacked, which takes a minute")
+    subject = open_subject(load("demo", dtype=dtype))
+    task = prepare(
+        subject, target=f"blocks={BLOCKS}", calibration=CALIBRATION, tokens=SEARCH_TOKENS, window=WINDOW, quiet=True
+    )
+    held_back = load_calibration(HELD_BACK, subject.tokenizer, window=WINDOW, tokens=EVALUATION_TOKENS, quiet=True)
+    price = quote(task)
+    say(f"searching: {price.evaluations} evaluations of {SEARCH_TOKENS} tokens, about {duration(price.seconds)}")
+    plan = find_plan(task, folder, Progress())
+    print_plan(plan)
+    if plan.stop_reason != Stop.TARGET:
+        raise KeyboardInterrupt
+
+    random = {f"random {seed}": _random_mask(task, seed) for seed in range(RANDOM_PLANS)}
+    contestants: dict[str, Mask] = {"dense": frozenset(), "pruned": plan.mask(), **random}
+    found = evaluate_masks(subject.model, subject.anatomy, held_back, contestants, progress=Progress())
+    evaluation = Evaluation.of(found, held_back.record, subject.dtype)
+    evaluation.save(folder / "evaluation.json")
+    print_evaluation(evaluation)
+
+    print_saved(save_subject(subject, plan, out), subject.identity.parameters)
+    say("generating with the saved model in a new process")
+    print(_generated(out))
+    _check(evaluation)
+    print(f"next: blockpruner evaluate demo {out} --data builtin")
+    print(f"next: blockpruner prune demo --plan {folder / 'plan.json'} --first 3 --out smaller-cut")
+    print("next: blockpruner search MODEL --target params=-20% --calibration alpaca --run runs/mine")
+
+
+def _random_mask(task: Task, seed: int) -> Mask:
+    steps = run(Random(seed), task.problem, Rehearsal(task.objective)).steps
+    return frozenset(block for step in steps for block in step.move.blocks)
+
+
+def _generated(model: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", GENERATE, str(model), PROMPT], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise CheckFailedError(
+            f"the saved model does not generate in a new process: {done.stderr.strip().splitlines()[-1:]}",
+            fix="report this message",
+        )
+    return done.stdout.strip()
+
+
+def _check(evaluation: Evaluation) -> None:
+    """Compare the pruned model with the mean of the random ones, in standard errors of their difference."""
+    losses = {q.name: q.loss for q in evaluation.contestants}
+    random = [loss.value for name, loss in losses.items() if name.startswith("random")]
+    gap = statistics.mean(random) - losses["pruned"].value
+    spread = (losses["pruned"].stderr or 0.0) ** 2 + statistics.variance(random) / len(random)
+    text = f"the plan loses {gap:.3f} nats less than the mean of {len(random)} random removals of as many blocks"
+    print(f"{text} ({gap / spread**0.5:.1f} standard errors)")
+    if gap <= 3 * spread**0.5:
+        raise CheckFailedError(
+            f"{text}: not more than 3 standard errors", fix="report the run folder's evaluation.json"
+        )

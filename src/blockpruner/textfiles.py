@@ -1,0 +1,215 @@
+"""Files and hub data sets as documents, read as data and within bounds. Nothing here knows of tensors.
+
+A pipe is never waited for, a packed file is not unpacked, one long line does not fill the memory, and no script of a
+data set ever runs. Whatever cannot be read is an InputError that names the file, the place in it and the reason.
+"""
+
+import codecs
+import contextlib
+import itertools
+import json
+import logging
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from blockpruner.errors import BlockprunerError, InputError, missing_extra
+
+# Tokenising takes about 100 bytes of memory for each byte of text.
+MAX_TEXT = 16 * 2**20
+MAX_LINE = 8 * 2**20
+PACKED = (".7z", ".bz2", ".gz", ".tar", ".xz", ".zip", ".zst")
+_ALPACA = ("instruction", "input", "output")
+
+log = logging.getLogger("blockpruner")
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file as it stands, line ends included; a longer file is cut after MAX_TEXT bytes (logged)."""
+    with _opened(path) as file:
+        data = file.read(MAX_TEXT + 1)
+    whole = len(data) <= MAX_TEXT
+    if not whole:
+        log_cut(path.name)
+    return _decoded(data[:MAX_TEXT], path, whole=whole)
+
+
+def read_documents(path: Path, column: str | None) -> Iterator[str]:
+    """The documents of a .txt (one), .jsonl or .parquet file (one a record, from `column`; see `text_columns`)."""
+    match path.suffix.lower():
+        case ".txt" if column is not None:
+            raise InputError(f"{path} is plain text, without columns", fix=f"leave the column {column!r} out")
+        case ".txt":
+            return iter([read_text(path)])
+        case ".jsonl":
+            return _jsonl_documents(path, column)
+        case ".parquet":
+            return _parquet_documents(path, column)
+        case suffix if suffix in PACKED:
+            raise InputError(f"{path} is a packed file", fix="unpack it first")
+        case _:
+            kind = "a folder" if path.is_dir() else "not a .txt, .jsonl or .parquet file"
+            raise InputError(f"{path} is {kind}", fix="give a file of text under one of these endings")
+
+
+def hub_documents(name: str, subset: str | None, split: str, column: str | None) -> Iterator[str]:
+    """The documents of a hub data set, one a record, fetched as they are asked for; offline, from the local cache."""
+    with _hub_errors(name):
+        for number, record in enumerate(hub_rows(name, subset, split, stream=True)):
+            yield _document(record, column, f"{name}, {split} record {number}")
+
+
+def hub_rows(name: str, subset: str | None, split: str, *, stream: bool) -> Any:
+    """A split of a hub data set, in the classes of `datasets`, which from 4.0 on runs no script of a data set."""
+    try:
+        from datasets import config, load_dataset
+    except ImportError:
+        raise missing_extra("datasets", "data", f"the hub data set {name}") from None
+    with _hub_errors(name):
+        return load_dataset(name, subset, split=split, streaming=stream and not config.HF_HUB_OFFLINE)
+
+
+def alpaca_text(instruction: str, given: str, output: str) -> str:
+    """One Alpaca record as the text that BlockPruner and others calibrate on; `given` is its input, often empty."""
+    context = ", paired with an input that provides further context" if given else ""
+    return (
+        f"Below is an instruction that describes a task{context}. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n"
+        + (f"### Input:\n{given}\n\n" if given else "")
+        + f"### Response:\n{output}"
+    )
+
+
+def text_columns(columns: Iterable[str], column: str | None, where: str) -> tuple[str, ...]:
+    """The columns that make a document: `column`, else `text`, else instruction, input and output (Alpaca)."""
+    found = list(columns)
+    if (column or "text") in found:
+        return (column or "text",)
+    if column is None and "instruction" in found and "output" in found:
+        return tuple(name for name in _ALPACA if name in found)
+    shown = ", ".join(found[:20])[:400] or "none"
+    raise InputError(
+        f"{where} has no column {column or 'text'!r}; its columns: {shown}", fix="name the one that holds the text"
+    )
+
+
+def log_cut(source: str) -> None:
+    """Say that a source is longer than what of it is looked at."""
+    log.warning("%s: only its first %d MiB of text are looked at", source, MAX_TEXT // 2**20)
+
+
+def _document(record: Mapping[str, Any], column: str | None, where: str) -> str:
+    columns = text_columns(record, column, where)
+    if len(columns) == 1:
+        return _checked(record[columns[0]], columns[0], where)
+    given = record.get("input")  # null where a record has none
+    instruction, output = (_checked(record[name], name, where) for name in ("instruction", "output"))
+    return alpaca_text(instruction, "" if given is None else _checked(given, "input", where), output)
+
+
+def _checked(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(
+            f"{where}: column {column!r} holds {type(value).__name__}, not text", fix="name a column that holds text"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: column {column!r}: {error.reason}", fix="write that record again") from error
+    return value
+
+
+def _jsonl_documents(path: Path, column: str | None) -> Iterator[str]:
+    offset = 0
+    with _opened(path) as file:
+        for number in itertools.count(1):
+            line = file.readline(MAX_LINE + 1)
+            if not line:
+                return
+            where = f"{path}, line {number}"
+            if len(line) > MAX_LINE:
+                raise InputError(f"{where} is longer than {MAX_LINE} bytes", fix="cut that document into several")
+            text = _decoded(line, path, offset=offset)
+            offset += len(line)
+            if text.strip():
+                yield _document(_json_object(text, where), column, where)
+
+
+def _parquet_documents(path: Path, column: str | None) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise missing_extra("pyarrow", "data", f"reading {path.name}") from None
+    with _opened(path) as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            columns = text_columns(table.schema_arrow.names, column, str(path))
+            batches = table.iter_batches(batch_size=64, columns=list(columns))
+            records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, record in enumerate(records):
+                yield _document(record, column, f"{path}, record {number}")
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{path} is not a sound parquet file: {error}", fix="write the file again") from error
+
+
+def _json_object(text: str, where: str) -> Mapping[str, Any]:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where}, column {error.colno}: not JSON: {error.msg}", fix="put one JSON object on each line"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: JSON beyond bounds: {error}", fix="mend that line") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: {type(record).__name__}, not an object", fix="put one JSON object on each line")
+    return record
+
+
+def _decoded(data: bytes, path: Path, *, offset: int = 0, whole: bool = True) -> str:
+    """`data`, which begins `offset` bytes into the file, as text; unless `whole`, it may end within a character."""
+    zero = data.find(0)
+    if zero >= 0:
+        raise InputError(
+            f"{path} is binary or not UTF-8: a NUL at byte {offset + zero}", fix="give UTF-8 text; convert UTF-16 first"
+        )
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(data, final=whole)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8: {error.reason} at byte {offset + error.start}", fix="convert the file to UTF-8"
+        ) from error
+    return text.removeprefix("\ufeff")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+            raise InputError(f"{path} is {kind}, not a file", fix="name a file")
+        if not status.st_size:
+            raise InputError(f"{path} is empty", fix="give a file with text")
+        with path.open("rb") as file:
+            yield file
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise InputError(f"cannot read {path}: {reason}", fix="check the path and its permissions") from error
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except BlockprunerError:
+        raise
+    except Exception as error:  # the hub, the network and the files of a data set raise whatever they like
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"cannot read the hub data set {name}: {reason}",
+            fix="check name, config, split and connection (HF_HUB_OFFLINE), or give a local file",
+        ) from error

@@ -1,0 +1,228 @@
+"""What reading an anatomy does with models made to deceive it, and that it leaves no trace in any model."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, anatomy_of, shared
+from torch import nn
+from transformers.cache_utils import Cache
+
+from blockpruner.anatomy import read_anatomy
+from blockpruner.blocks import Block
+from blockpruner.errors import UnsupportedModelError
+
+
+def planted(layer_class: type[nn.Module], path: str = "model.layers.2"):
+    """A llama with one module turned into a subclass of its class."""
+    model = FAMILIES["llama"]()
+    model.get_submodule(path).__class__ = layer_class
+    return model
+
+
+def of(path: str) -> Any:
+    """The class of this module of a llama."""
+    return type(shared("llama").get_submodule(path))
+
+
+class Scaling(of("model.layers.0")):
+    def forward(self, hidden_states, **kwargs):
+        return 1.5 * super().forward(hidden_states, **kwargs)
+
+
+class Shifting(of("model.layers.0")):
+    shift = 0.25
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, **kwargs) + self.shift
+
+
+class Mixing(of("model.layers.0")):
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, **kwargs).roll(1, dims=1)
+
+
+class HiddenBias(of("model.layers.0.mlp")):
+    bias = 0.25
+
+    def forward(self, x):
+        return super().forward(x) + self.bias
+
+
+class Pinned(of("model.layers.0.input_layernorm")):
+    pin = 0.25
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) + self.pin
+
+
+class Telling(of("model.layers.0.self_attn")):
+    """Leaves a note that the attention of the next layer reads."""
+
+    notes: tuple[torch.Tensor, ...] = ()
+
+    def forward(self, *args, **kwargs):
+        output, weights = super().forward(*args, **kwargs)
+        Telling.notes = (kwargs["hidden_states"].mean(),)
+        return output, weights
+
+
+class Listening(of("model.layers.0.self_attn")):
+    def forward(self, *args, **kwargs):
+        output, weights = super().forward(*args, **kwargs)
+        note = Telling.notes[0] if Telling.notes else 0.0
+        Telling.notes = ()
+        return output * (1 + note), weights
+
+
+@pytest.mark.parametrize(
+    ("plant", "path", "reason"),
+    [
+        (Scaling, "model.layers.2", "no stand-ins make the layer return its input unchanged"),
+        (Shifting, "model.layers.2", "no stand-ins make the layer return its input unchanged"),
+        (Mixing, "model.layers.2", "no stand-ins make the layer return its input unchanged"),
+        (HiddenBias, "model.layers.2.mlp", "without mlp it differs by 0.25 from the same with all weights of mlp zero"),
+    ],
+)
+def test_a_layer_that_is_more_than_its_blocks_is_refused_by_name_and_reason(plant, path, reason):
+    model = planted(plant, path)
+    with pytest.raises(UnsupportedModelError) as refused:
+        read_anatomy(model)
+    layer = type(model.get_submodule("model.layers.2")).__name__
+    assert refused.value.what.startswith(f"model.layers.2 ({layer}): {reason}")
+
+
+class Sandwich(of("model.layers.0")):
+    """Its first norm stands behind the attention, so that what the norm adds reaches the stream."""
+
+    def forward(self, hidden_states, **kwargs):
+        branch = self.input_layernorm(self.self_attn(hidden_states=hidden_states, **kwargs)[0])
+        hidden_states = hidden_states + branch
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def test_a_norm_is_idle_only_where_what_it_adds_does_not_reach_the_stream():
+    model = planted(Pinned, "model.layers.2.input_layernorm")
+    assert read_anatomy(model).parts[Block("attention", 2)].idle.keys() == {"model.layers.2.input_layernorm"}
+    model.model.layers[2].__class__ = Sandwich
+    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.2 \(Sandwich\): "):
+        read_anatomy(model)
+
+
+def test_layers_that_look_alike_are_proved_each_by_itself():
+    model = FAMILIES["llama"]()
+    for layer in model.model.layers:
+        layer.__class__ = Shifting
+        layer.shift = 0.0
+    assert read_anatomy(model) == anatomy_of("llama")
+    model.model.layers[2].shift = 0.25
+    with pytest.raises(UnsupportedModelError, match=r"layers\.2 \(Shifting\): with all blocks silent it is not the id"):
+        read_anatomy(model)
+
+
+def test_what_idles_is_proved_for_each_layer_by_itself():
+    model = FAMILIES["llama"]()
+    for layer in model.model.layers:
+        layer.__class__, layer.input_layernorm.__class__ = Sandwich, Pinned
+        layer.input_layernorm.pin = 0.0
+    assert read_anatomy(model).parts[Block("attention", 2)].idle.keys() == {"model.layers.2.input_layernorm"}
+    model.model.layers[2].input_layernorm.pin = 0.25
+    with pytest.raises(UnsupportedModelError, match=r"layers\.2 \(Sandwich\): leaving out input_layernorm changes"):
+        read_anatomy(model)
+
+
+def test_blocks_that_talk_past_the_stream_are_refused():
+    model = planted(Telling, "model.layers.1.self_attn")
+    read_anatomy(model)  # nobody listens
+    model.model.layers[2].self_attn.__class__ = Listening
+    with pytest.raises(UnsupportedModelError, match=r"other layers use more of .*model\.layers\.1\.self_attn"):
+        read_anatomy(model)
+
+
+def test_a_block_that_does_nothing_is_still_found():
+    model = FAMILIES["llama"]()
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.self_attn.o_proj").weight.zero_()
+        model.get_submodule("model.layers.3.mlp.down_proj").weight.zero_()
+        model.get_submodule("model.layers.2.input_layernorm").weight.fill_(1)
+    assert read_anatomy(model) == anatomy_of("llama")
+
+
+class Gated(of("model.layers.0")):
+    """Branches behind gates that training opens from zero; the gates belong to no branch."""
+
+    def forward(self, hidden_states, **kwargs):
+        branch, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.gates[0] * branch
+        return hidden_states + self.gates[1] * self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@pytest.mark.parametrize("opened", [0.0, 0.7])
+def test_branches_behind_gates_that_start_at_zero_are_found(opened):
+    model = FAMILIES["llama"]()
+    for layer in model.model.layers:
+        layer.__class__ = Gated
+        layer.gates = nn.Parameter(torch.full((2,), opened))
+    anatomy = read_anatomy(model)
+    expected = anatomy_of("llama").outline
+    assert anatomy.outline.parameters == expected.parameters
+    assert anatomy.outline.total_parameters == expected.total_parameters + 4 * 2
+    assert not anatomy.outline.serial, "two gates in one layer do not go apart into two layers"
+
+
+# What reading leaves behind.
+
+
+def footprint(model: nn.Module):
+    """All that reading an anatomy could change, values and identities alike."""
+    tensors = {n: (id(t), t.data_ptr(), t.clone()) for n, t in (*model.named_parameters(), *model.named_buffers())}
+    hooks = [
+        list(getattr(module, name))
+        for module in model.modules()
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+    ]
+    modules = [(name, id(module), type(module), module.training) for name, module in model.named_modules()]
+    return tensors, hooks, modules, Cache.update
+
+
+def assert_untouched(before, model: nn.Module) -> None:
+    tensors, *rest = before
+    tensors_now, *rest_now = footprint(model)
+    assert rest_now == rest
+    assert tensors_now.keys() == tensors.keys()
+    for name, (identity, pointer, value) in tensors.items():
+        assert tensors_now[name][:2] == (identity, pointer)
+        assert torch.equal(tensors_now[name][2], value)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "opt", "bloom", "qwen2-moe"])
+@pytest.mark.parametrize("training", [False, True])
+def test_reading_leaves_the_model_as_it_was(family, training):
+    model = FAMILIES[family]().train(training)
+    model.get_submodule(f"{anatomy_of(family).stacks[0].path}.1").train(not training)
+    before = footprint(model)
+    assert read_anatomy(model) == anatomy_of(family)
+    assert_untouched(before, model)
+
+
+class CacheBreaker(of("model.layers.0.self_attn")):
+    def forward(self, *args, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            raise LookupError("not with a cache")
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("plant", "path", "error"),
+    [
+        (Scaling, "model.layers.2", UnsupportedModelError),
+        (HiddenBias, "model.layers.2.mlp", UnsupportedModelError),
+        (CacheBreaker, "model.layers.2.self_attn", LookupError),
+    ],
+)
+def test_a_reading_that_fails_leaves_the_model_as_it_was(plant, path, error):
+    model = planted(plant, path).train()
+    before = footprint(model)
+    with pytest.raises(error):
+        read_anatomy(model)
+    assert_untouched(before, model)
