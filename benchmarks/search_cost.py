@@ -7,7 +7,7 @@ Two contestants, each in a process of its own, one after the other. `paper_loop`
 with the search: one full forward pass of the model per candidate and window, blocks skipped by replacing the forward of
 `self_attn` and `mlp` (so it runs on Llama-like models). `exhaustive` is `blockpruner search`. Both count the work they
 really do. Interrupted, the same command goes on: the loop keeps its losses in RUN/paper_loop.jsonl, the search has
-its journal.
+its journal, and a contestant that has finished is not run again.
 """
 
 import argparse
@@ -43,7 +43,8 @@ def main() -> None:
         (options.run / f"{options.contestant}.json").write_text(json.dumps(result, indent=2) + "\n")
         return
     for name in CONTESTANTS:
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--contestant", name], check=True)
+        if not (options.run / f"{name}.json").exists():
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--contestant", name], check=True)
     found = {name: json.loads((options.run / f"{name}.json").read_text()) for name in CONTESTANTS}
     figures = {
         "model": options.model,

@@ -1,11 +1,14 @@
 """What several test files build on."""
 
 import os
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SAMPLE = (
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.\n\nA block is one residual branch of a layer; "
@@ -40,6 +43,47 @@ def make_tokenizer():
 def tokenizer(make_tokenizer):
     """A small byte-level tokenizer that puts `<bos>` (0) before every text; its `<eos>` is 1."""
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory):
+    """A text file with some 3,000 tokens of `tokenizer`."""
+    words, draw = SAMPLE.split(), random.Random(0)
+    path = tmp_path_factory.mktemp("prose") / "prose.txt"
+    path.write_text("".join(f"{' '.join(draw.choices(words, k=12))}.\n" for _ in range(100)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer, prose):
+    """A folder with a tiny Llama that has learned `prose`, with its attention.2 held at zero, and `tokenizer`."""
+    torch.set_num_threads(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(config)
+    useless = model.model.layers[2].self_attn.o_proj.weight.requires_grad_(False).zero_()
+    stream = torch.tensor(tokenizer(prose.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
+    windows = torch.nn.functional.pad(stream[: 32 * 15].view(32, 15), (1, 0), value=config.bos_token_id)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p is not useless], lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(windows, labels=windows).loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("checkpoints") / "planted"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

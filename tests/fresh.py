@@ -12,6 +12,7 @@ import sys
 import textwrap
 from importlib.abc import MetaPathFinder
 from pathlib import Path
+from typing import Any
 
 
 class Absent(MetaPathFinder):
@@ -74,9 +75,8 @@ def main(way: str, made: str, *checkpoints: str) -> None:
     for checkpoint in checkpoints:
         name, _, folder = checkpoint.partition("=")
         for again in ("once", "twice"):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=way == "remote", output_loading_info=True
-            )
+            loader: Any = AutoModelForCausalLM
+            model, info = loader.from_pretrained(folder, trust_remote_code=way == "remote", output_loading_info=True)
             assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (name, info)
             folder = Path(made).parent / name / again
             model.save_pretrained(folder)

@@ -138,6 +138,7 @@ ALLOWED_WRITES = {
     ("checkpoint.py", "save_pretrained"): "into the folder that artifacts.new_folder made aside",
     ("checkpoint.py", "write_bytes"): "into the same folder",
     ("checkpoint.py", "save_file"): "a scratch file for the process that reloads the checkpoint",
+    ("exits.py", "os.open"): "the null device, for what a closed pipe does not take",
     ("ggufs.py", "save_pretrained"): "into the folder that artifacts.new_folder made aside",
     ("reloading.py", "save_file"): "a scratch file, the answer of that process",
 }

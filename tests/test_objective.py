@@ -1,6 +1,8 @@
 """The search objective: its numbers, their bits, their price, and the models for which the mask tree is not used."""
 
+import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -77,14 +79,17 @@ def test_bfloat16_models_use_the_tree_too():
 class Talker(LlamaDecoderLayer):
     """Pins what it makes to a board that it shares with later layers."""
 
-    def forward(self, hidden_states, **kwargs):
-        made = super().forward(hidden_states, **kwargs)
-        self.mlp.board["made"] = made
-        return made
+    board: dict[str, Any]
+
+    def forward(self, *args: Any, **kwargs: Any):
+        self.board["made"] = super().forward(*args, **kwargs)
+        return self.board["made"]
 
 
 class Listener(LlamaMLP):
     """Weighs its result by what hangs on the board, token by token."""
+
+    board: dict[str, Any]
 
     def forward(self, x):
         return super().forward(x) * (1 + self.board["made"].mean(dim=-1, keepdim=True))
@@ -93,12 +98,10 @@ class Listener(LlamaMLP):
 def planted(talker=0, listeners=(2, 3)):
     """A Llama in which one layer tells later ones something that does not go through the residual stream."""
     model = FAMILIES["llama"]()
-    board = {}
-    for index in (talker, *listeners):
-        model.model.layers[index].mlp.board = board
-    model.model.layers[talker].__class__ = Talker
+    layers, board = model.model.layers, {}
+    layers[talker].__class__, layers[talker].board = Talker, board
     for index in listeners:
-        model.model.layers[index].mlp.__class__ = Listener
+        layers[index].mlp.__class__, layers[index].mlp.board = Listener, board
     return model
 
 
@@ -115,13 +118,16 @@ def test_a_side_channel_between_layers_is_found_and_plain_passes_are_used(caplog
 
 
 class Strict(LlamaDecoderLayer):
-    """Will not be called twice in one forward pass of the model."""
+    """Will not be called twice in one forward pass of the model, once it is armed."""
 
-    def forward(self, hidden_states, position_embeddings=None, **kwargs):
-        if self.armed and position_embeddings[0] is self.seen:
+    armed: bool
+    seen: Any
+
+    def forward(self, *args: Any, **kwargs: Any):
+        if self.armed and kwargs["position_embeddings"][0] is self.seen:
             raise ValueError("called twice")
-        self.seen = position_embeddings[0]
-        return super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
+        self.seen = kwargs["position_embeddings"][0]
+        return super().forward(*args, **kwargs)
 
 
 def test_a_layer_that_the_tree_cannot_call_is_no_obstacle():
@@ -138,10 +144,11 @@ def test_a_layer_that_the_tree_cannot_call_is_no_obstacle():
 class InPlace(LlamaDecoderLayer):
     """An ordinary layer that adds to its input in place."""
 
-    def forward(self, hidden_states, **kwargs):
-        hidden_states += self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
-        hidden_states += self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states
+    def forward(self, *args: Any, **kwargs: Any):
+        (stream,) = args
+        stream += self.self_attn(hidden_states=self.input_layernorm(stream), **kwargs)[0]
+        stream += self.mlp(self.post_attention_layernorm(stream))
+        return stream
 
 
 @pytest.mark.parametrize("changed", [(0, 1, 2, 3), (2,)])
@@ -169,17 +176,27 @@ def test_the_tree_costs_about_half_and_plain_passes_are_counted_as_such():
     assert tree.attention_tokens + tree.mlp_tokens < 0.7 * (passes.attention_tokens + passes.mlp_tokens)
 
 
-SMALL = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-ENCODER = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-BOTH = {"d_model": HIDDEN, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
+BERT = BertConfig(vocab_size=64, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+BART = BartConfig(
+    vocab_size=64,
+    d_model=HIDDEN,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=1,
+)
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: BertForMaskedLM(BertConfig(vocab_size=64, **ENCODER)),
-        lambda: BartForConditionalGeneration(BartConfig(**SMALL, **BOTH, decoder_attention_heads=4)),
-        lambda: LlamaModel(shared("llama").config),
+        lambda: BertForMaskedLM(BERT),
+        lambda: BartForConditionalGeneration(BART),
+        lambda: LlamaModel(copy.deepcopy(shared("llama").config)),
     ],
 )
 def test_models_that_do_not_predict_the_next_token_are_refused_by_name(build):

@@ -62,7 +62,7 @@ class Layer:
     """One layer: its path, the argument that carries the stream, its parts in the order they run.
 
     through: the stand-in that hands the stream through in the structure the layer returns;
-    idle: what does nothing once all parts are gone (a norm that they share).
+    idle: what does nothing once all parts are gone (a norm that they share), of `shared` parameters.
     """
 
     path: str
@@ -70,6 +70,7 @@ class Layer:
     through: Spec
     parts: tuple[Part, ...]
     idle: Mapping[str, Spec]
+    shared: int
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Anatomy:
             {block: part.parameters for block, part in self.parts.items()},
             self.total_parameters,
             frozenset(stack.name for stack in self.stacks if stack.serial),
+            {(s.name, i): layer.shared for s in self.stacks for i, layer in enumerate(s.layers) if layer.shared},
         )
 
     def stand_ins(self, removed: Iterable[Block]) -> dict[str, Spec]:
@@ -190,7 +192,8 @@ def _stack(model: nn.Module, name: str, path: str, layers: list[SeenLayer], diss
             size = _count(model, [*modules, *idle])
             parts.append(Part(Block(branch.kind, index, name, slot), modules, idle, size, None, 0, branch.evidence))
         through = {"input": layer.hidden, "output": template(layer.call.output, "input")}
-        made.append(Layer(layer.path, layer.hidden, through, tuple(parts), _below(layer.path, dissection.idle)))
+        idle = _below(layer.path, dissection.idle)
+        made.append(Layer(layer.path, layer.hidden, through, tuple(parts), idle, _count(model, idle)))
     same = len({_structure(layer.module) for layer in layers}) == 1
     return Stack(name, path, tuple(made), same and all(d.serial for d in dissections))
 

@@ -2,17 +2,38 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.anatomy import Anatomy, read_anatomy
-from blockpruner.blocks import Block
+from blockpruner.blocks import Block, parse_mask
 from blockpruner.checkpoint import Form, Saved
 from blockpruner.evaluation.quality import Evaluation, evaluate_masks, load_text
-from blockpruner.pipeline import find_plan, prepare, save_subject, subject_of
+from blockpruner.pipeline import Subject, find_plan, prepare, save_subject, subject_of
 from blockpruner.plan import Plan
 from blockpruner.searching import Progress
+
+
+class TextOptions(TypedDict, total=False):
+    """How text becomes windows; see `quality.load_text` and `calibration`."""
+
+    tokens: int
+    window: int
+    bos: str
+    split: str | None
+    column: str | None
+    seed: int
+
+
+class SearchOptions(TextOptions, total=False):
+    """The options of `blockpruner search`; see `pipeline.prepare`."""
+
+    search: str
+    objective: str
+    moves: str
+    protect: str
+    quiet: bool
 
 
 def inspect(model: PreTrainedModel) -> Anatomy:
@@ -28,30 +49,30 @@ def search(
     calibration: str,
     run: Path | str | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[SearchOptions],
 ) -> Plan:
-    """Find which blocks of `model` to remove: `blockpruner search` with the same options (`pipeline.prepare`).
+    """Find which blocks of `model` to remove: the plan that `blockpruner search` with these options writes.
 
     run: a folder for the journal and the plan, from which the same call resumes; None keeps nothing.
     """
-    subject = subject_of(model, tokenizer, model.name_or_path or type(model).__name__)
-    task = prepare(subject, target=target, calibration=calibration, **options)
-    return find_plan(task, Path(run) if run else None, progress)
+    task = prepare(_subject(model, tokenizer), target=target, calibration=calibration, **options)
+    return find_plan(task, None if run is None else Path(run), progress)
 
 
 def save(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     plan: Plan,
     out: Path | str,
     *,
     first: int | None = None,
     form: Form | None = None,
 ) -> Saved:
-    """Write `model` without the blocks of `plan` to the new folder `out`, reloaded in a fresh process and compared."""
-    subject = subject_of(model, tokenizer, model.name_or_path or type(model).__name__)
-    plan.check(subject.anatomy.outline, subject.identity, "the plan")
-    return save_subject(subject, plan, Path(out), first=first, form=form)
+    """Write `model` without the blocks of `plan` to the new folder `out`, reloaded in a fresh process and compared.
+
+    See `pipeline.save_subject`; saving stand-ins removes the blocks from `model` for good.
+    """
+    return save_subject(_subject(model, tokenizer), plan, Path(out), first=first, form=form)
 
 
 def evaluate(
@@ -60,13 +81,20 @@ def evaluate(
     *,
     data: str,
     masks: Mapping[str, Iterable[Block]] | None = None,
-    tokens: int = 16384,
-    window: int = 2048,
-    bos: str = "auto",
-    seed: int = 0,
+    **text: Unpack[TextOptions],
 ) -> Evaluation:
     """Quality of `model` on `data`, and of the model without each of `masks` (name -> blocks), in one sweep."""
-    text = load_text(data, tokenizer, window=window, tokens=tokens, seed=seed, bos=bos)
-    named = {"dense": frozenset[Block](), **{name: frozenset(mask) for name, mask in (masks or {}).items()}}
-    found = evaluate_masks(model, read_anatomy(model), text, named)
-    return Evaluation.of(found, text.record, str(model.dtype).removeprefix("torch."))
+    windows = load_text(data, tokenizer, **text)
+    named = {"model": parse_mask("dense"), **{name: frozenset(mask) for name, mask in (masks or {}).items()}}
+    return Evaluation.of(evaluate_masks(model, read_anatomy(model), windows, named), windows.record)
+
+
+def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Subject:
+    """`model` under the name it was loaded by, with the folder it came from."""
+    folder = Path(model.config.name_or_path or "")
+    return subject_of(
+        model,
+        tokenizer,
+        model.name_or_path or type(model).__name__,
+        folder if model.config.name_or_path and folder.is_dir() else None,
+    )

@@ -7,7 +7,7 @@ blocks that a search removes together. The text form of a block is `[stack.]kind
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
 from blockpruner.errors import InputError
@@ -101,13 +101,15 @@ class Outline:
 
     blocks: execution order; parameters: per block, the norms that leave with it included;
     total_parameters: of the whole model, tied weights once; serial: the stacks (by name) whose layers run
-    one mixing block and then one mlp, each on its own, so that halves of two layers can make one ordinary layer.
+    one mixing block and then one mlp, each on its own, so that halves of two layers can make one ordinary layer;
+    shared: per (stack, layer), the parameters that leave with the last of its blocks (a norm that they share).
     """
 
     blocks: tuple[Block, ...]
     parameters: Mapping[Block, int]
     total_parameters: int
     serial: frozenset[str] = frozenset()
+    shared: Mapping[tuple[str, int], int] = field(default_factory=dict[tuple[str, int], int])
 
     def layers(self) -> dict[tuple[str, int], tuple[Block, ...]]:
         """The blocks of each (stack, layer), in the order they run."""
@@ -119,7 +121,8 @@ class Outline:
 
     def removed_parameters(self, mask: Mask) -> int:
         """Number of parameters that leave the model with `mask`."""
-        return sum(self.parameters[block] for block in mask)
+        gone = [key for key in self.shared if mask.issuperset(self.layers()[key])]
+        return sum(self.parameters[block] for block in mask) + sum(self.shared[key] for key in gone)
 
     def check(self, mask: Iterable[Block], source: str) -> None:
         """InputError, naming `source`, if a block of `mask` is not a block of this model."""

@@ -1,60 +1,68 @@
 """The command line: one subcommand per verb. Parses, calls, prints; each verb imports what it needs when it runs.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a bug of ours (traceback in a file), 2 bad input,
-3 a check failed, 4 the machine lacks something, 5 the run folder is busy or was begun otherwise, 130/143 interrupted.
+Results go to stdout, everything else to stderr; exit codes are in `exits`.
 """
 
+import functools
 import json
 import logging
 import os
 import shlex
-import signal
 import sys
-import tempfile
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
 from blockpruner.console import Progress, duration, say, table
-from blockpruner.errors import BlockprunerError, InputError
+from blockpruner.errors import InputError
+from blockpruner.exits import catch_signals, errors_said
 
 if TYPE_CHECKING:
     from blockpruner.pipeline import Subject
 
+P = ParamSpec("P")
+
 app = typer.Typer(
     name="blockpruner",
     help="Find the attention and MLP blocks a Transformer does not need, remove them, and save a model that loads.",
+    epilog="Start with: blockpruner demo",
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain text, in half the time
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub name, folder, .gguf file, or `demo`.")]
 Run = Annotated[Path, typer.Option("--run", metavar="DIR", help="Run folder: journal, plan, results. Resumes there.")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or stored.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, or stored: as in the checkpoint.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Data = Annotated[
-    str, typer.Option(metavar="SOURCE", help="Hub data set, .txt/.jsonl/.parquet, alpaca, wikitext2, builtin.")
-]
+RemoteCode = Annotated[bool, typer.Option("--allow-remote-code", help="Run code that lies in the checkpoint.")]
+Source = "Hub data set, .txt/.jsonl/.parquet file, alpaca, wikitext2 or builtin; part of one: FILE.jsonl[0:200]."
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of text to use.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-Bos = Annotated[str, typer.Option(help="BOS at the start of the stream, of each window, none, or auto.")]
+Bos = Annotated[str, typer.Option(help="BOS once per stream, once per window, none, or auto.")]
 Split = Annotated[str | None, typer.Option(help="Split of a hub data set.")]
 Column = Annotated[str | None, typer.Option(help="Column that holds the text.")]
-RemoteCode = Annotated[bool, typer.Option("--allow-remote-code", help="Run code that lies in the checkpoint.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: stops like Ctrl-C, with its own exit code."""
+def verb(example: str, name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """A subcommand whose help ends with an example, and whose every way to fail is a message and an exit code."""
+
+    def register(function: Callable[P, None]) -> Callable[P, None]:
+        @app.command(name, epilog=f"Example: {example}")
+        @functools.wraps(function)
+        def command(*args: P.args, **options: P.kwargs) -> None:
+            with errors_said():
+                function(*args, **options)
+
+        return command
+
+    return register
 
 
 @app.callback(invoke_without_command=True)
@@ -66,11 +74,11 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
         raise typer.Exit
 
 
-@app.command(epilog="Example: blockpruner inspect demo")
+@verb("blockpruner inspect demo")
 def inspect(
     model: Model, dtype: Dtype = "auto", device: Device = "auto", remote: RemoteCode = False, as_json: Json = False
 ) -> None:
-    """Show every block of a model: where it is, how large, what it costs, and that it was proved."""
+    """Show every block of a model. Where it is, how large, what it costs, and that it was proved."""
     from blockpruner.tables import anatomy_json, print_anatomy
 
     subject = _open(model, dtype, device, remote)
@@ -80,13 +88,11 @@ def inspect(
         print_anatomy(subject)
 
 
-@app.command(
-    epilog="Example: blockpruner search demo --target blocks=6 --calibration builtin --tokens 1024 --window 256"
-)
+@verb("blockpruner search demo --target blocks=6 --calibration builtin --tokens 1024 --window 256")
 def search(
     model: Model,
     target: Annotated[str, typer.Option(help="blocks=6, layers=3 or params=-25%.")],
-    calibration: Data,
+    calibration: Annotated[str, typer.Option(metavar="SOURCE", help=Source)],
     method: Annotated[str, typer.Option("--search", help="Search, with options as name:key=value.")] = "greedy",
     objective: Annotated[str, typer.Option(help="What is minimised: loss.")] = "loss",
     moves: Annotated[str, typer.Option(help="block, attention, mlp, layer or stock.")] = "block",
@@ -104,17 +110,17 @@ def search(
     remote: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Find which blocks to remove, and write plan.json into the run folder. Killed? Run the same command again."""
+    """Find which blocks to remove. Writes plan.json into the run folder; killed, the same command goes on."""
     from blockpruner.pipeline import find_plan, prepare, quote
+    from blockpruner.searching import Stop
     from blockpruner.tables import print_plan
 
-    if objective != "loss":
-        raise InputError(f"{objective!r} is not a known objective", fix="use --objective loss")
     task = prepare(
         _open(model, dtype, device, remote),
         target=target,
         calibration=calibration,
         search=method,
+        objective=objective,
         moves=moves,
         protect=protect,
         tokens=tokens,
@@ -137,60 +143,57 @@ def search(
             )
         return
     plan = find_plan(task, run, Progress())
+    say(f"plan: {run / 'plan.json'} ({plan.stop_reason})")
     if as_json:
         _print_json(plan.model_dump(mode="json"))
     else:
         print_plan(plan)
-    say(f"plan: {run / 'plan.json'} ({plan.stop_reason})")
-    if plan.stop_reason and "interrupted" in plan.stop_reason:
+    if plan.stop_reason == Stop.INTERRUPTED:
         raise KeyboardInterrupt
-    say(f"next: blockpruner prune {model} --plan {run / 'plan.json'} --out {run / 'model'}")
+    prune = ["blockpruner", "prune", model, "--plan", str(run / "plan.json"), "--out", str(run / "model")]
+    say(f"next: {shlex.join(prune)}")
 
 
-@app.command(epilog="Example: blockpruner prune demo --plan runs/search/plan.json --first 4 --out pruned")
+@verb("blockpruner prune demo --plan runs/search/plan.json --first 4 --out pruned")
 def prune(
     model: Model,
     plan: Annotated[
         Path, typer.Option("--plan", metavar="FILE", help="plan.json; BlockPruner's and LLM-Drop's lists too.")
     ],
-    out: Out,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the model.")],
     first: Annotated[int | None, typer.Option(help="Apply only the first N steps of a nested plan.")] = None,
-    form: Annotated[
-        str | None, typer.Option(help="stock, stand-ins or zeroed; the best that fits if left out.")
-    ] = None,
+    form: Annotated[str | None, typer.Option(help="stock, stand-ins or zeroed, else the best that fits.")] = None,
     dtype: Dtype = "stored",
     device: Device = "cpu",
     remote: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Remove the blocks of a plan for good and write a checkpoint, reloaded in a fresh process and compared."""
+    """Remove the blocks of a plan for good. Writes a checkpoint, reloads it in a fresh process and compares."""
     from blockpruner.artifacts import check_new_folder
-    from blockpruner.checkpoint import FORMS
+    from blockpruner.checkpoint import FORMS, Form
     from blockpruner.pipeline import save_subject
     from blockpruner.plan import Plan
+    from blockpruner.registry import lookup
     from blockpruner.tables import print_saved
 
-    if form is not None and form not in FORMS:
-        raise InputError(f"{form!r} is not a form of checkpoint", fix=f"choose one of {', '.join(FORMS)}")
     check_new_folder(out)
     if not plan.is_file():
         raise InputError(f"{plan} is not a file", fix="give the plan.json that `blockpruner search` wrote")
+    forms: dict[str, Form] = {name: name for name in FORMS}
+    taken = lookup(form, forms, "form of checkpoint") if form else None
     subject = _open(model, dtype, device, remote)
     chosen = Plan.read(plan, subject.anatomy.outline)
-    chosen.check(subject.anatomy.outline, subject.identity, str(plan))
-    saved = save_subject(subject, chosen, out, first=first, form=form)
+    saved = save_subject(subject, chosen, out, first=first, form=taken, source=str(plan))
     if as_json:
         _print_json({**asdict(saved), "folder": str(saved.folder)})
     else:
         print_saved(saved, subject.identity.parameters)
 
 
-@app.command(epilog="Example: blockpruner evaluate demo pruned --data wikitext2:wiki.valid.raw --tokens 16384")
+@verb("blockpruner evaluate demo pruned --data wikitext2 --tokens 16384")
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="One or more models, side by side.")],
-    data: Annotated[
-        str, typer.Option("--data", "--calibration", metavar="SOURCE", help="Text to evaluate on; see search.")
-    ],
+    data: Annotated[str, typer.Option("--data", "--calibration", metavar="SOURCE", help=Source)],
     tokens: Tokens = 16384,
     window: Window = 2048,
     bos: Bos = "auto",
@@ -206,61 +209,59 @@ def evaluate(
     remote: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity with standard error, bits per byte, size, cache and a greedy sample; several models side by side."""
+    """Compare models. Perplexity with standard error, bits per byte, size, cache and a greedy sample, side by side."""
     from blockpruner.artifacts import run_folder
     from blockpruner.evaluation.quality import Evaluation, evaluate_masks, greedy_sample, load_text
     from blockpruner.tables import print_evaluation
 
-    found, records, dtypes = [], [], []
+    found, records = [], []
     for name in models:
         subject = _open(name, dtype, device, remote)
         text = load_text(
-            data, subject.tokenizer, window=window, tokens=tokens, seed=seed, bos=bos, split=split, column=column
+            data, subject.tokenizer, tokens=tokens, window=window, bos=bos, split=split, column=column, seed=seed
         )
         (quality,) = evaluate_masks(subject.model, subject.anatomy, text, {name: frozenset()}, progress=Progress())
         sample = greedy_sample(subject.model, subject.tokenizer, prompt) if prompt else None
         found.append(quality.model_copy(update={"sample": sample}))
         records.append(text.record)
-        dtypes.append(subject.dtype)
         del subject  # before the next one is loaded
-    evaluation = Evaluation.of(found, records[0], dtypes[0])
+    evaluation = Evaluation.of(found, records[0])
     if run is not None:
         with run_folder(run) as folder:
             evaluation.save(folder / "evaluation.json")
     if as_json:
         _print_json(evaluation.model_dump(mode="json"))
-        return
-    print_evaluation(evaluation)
-    if len({record.fingerprint for record in records}) > 1:
-        say("note: these models split the text into different tokens; compare bits per byte, not perplexity")
+    else:
+        print_evaluation(evaluation)
 
 
-@app.command(epilog="Example: blockpruner demo --run runs/demo")
+@verb("blockpruner demo --run runs/demo")
 def demo(run: Run = Path("runs/demo"), dtype: Dtype = "auto") -> None:
-    """The whole job on a small real model: search, prune, save, reload, compare with random removals."""
+    """Do the whole job on a small real model. Search, prune, save, reload, compare with random removals."""
     from blockpruner.demo import run_demo
 
     run_demo(run, dtype)
 
 
-@app.command(name="list", epilog="Example: blockpruner list --json")
+@verb("blockpruner list --json", name="list")
 def list_methods(as_json: Json = False) -> None:
-    """List the searches, kinds of moves and targets."""
+    """List the searches, objectives, kinds of moves and targets."""
     from blockpruner.moves import GRANULARITIES
     from blockpruner.searches import ALIASES, SEARCHES
 
     searches = [{"name": name, "title": s.title, "source": s.source} for name, s in SEARCHES.items()]
     moves = [{"name": name, "meaning": (f.__doc__ or "").strip().splitlines()[0]} for name, f in GRANULARITIES.items()]
-    targets = ["blocks=6", "layers=3", "params=-25%"]
+    targets, objectives = ["blocks=6", "layers=3", "params=-25%"], ["loss"]
     if as_json:
         _print_json(
-            {"searches": searches, "aliases": ALIASES, "moves": moves, "targets": targets, "objectives": ["loss"]}
+            {"searches": searches, "aliases": ALIASES, "moves": moves, "targets": targets, "objectives": objectives}
         )
         return
-    table("Searches (--search)", ("name", "method", "source"), [(s["name"], s["title"], s["source"]) for s in searches])
-    table("Moves (--moves)", ("name", "meaning"), [(m["name"], m["meaning"]) for m in moves])
+    table("Searches (--search)", ("name", "method", "source"), [tuple(s.values()) for s in searches])
+    table("Moves (--moves)", ("name", "meaning"), [tuple(m.values()) for m in moves])
     print("Aliases: " + ", ".join(f"{short} = {name}" for short, name in ALIASES.items()))
     print("Targets (--target): " + ", ".join(targets))
+    print("Objectives (--objective): " + ", ".join(objectives))
 
 
 def _open(model: str, dtype: str, device: str, remote: bool) -> "Subject":
@@ -272,55 +273,16 @@ def _open(model: str, dtype: str, device: str, remote: bool) -> "Subject":
 
 
 def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-@contextmanager
-def _errors_said() -> Iterator[None]:
-    """Turn every way to fail into one message on stderr and its exit code."""
-    try:
-        yield
-    except BlockprunerError as error:
-        say(f"error: {error}")
-        raise SystemExit(error.exit_code) from None
-    except Terminated:
-        say(f"stopped; resume with: {_command()}")
-        raise SystemExit(143) from None
-    except KeyboardInterrupt:
-        say(f"interrupted; resume with: {_command()}")
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
-    except MemoryError:
-        say("error: not enough memory\n  next: use a smaller --window, --dtype bfloat16, or a smaller model")
-        raise SystemExit(4) from None
-    except Exception:
-        from blockpruner.artifacts import write_bytes
-
-        file = Path(tempfile.gettempdir(), f"blockpruner-{os.getpid()}.txt")
-        write_bytes(file, f"{_command()}\n{traceback.format_exc()}".encode())
-        say(f"error: a bug in blockpruner; the traceback is in {file}\n  next: report it with that file")
-        raise SystemExit(1) from None
-
-
-def _command() -> str:
-    return shlex.join(["blockpruner", *sys.argv[1:]])
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise Terminated
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def main() -> None:
     """Entry point of the console script."""
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, _terminate)
+    catch_signals()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with _errors_said():
-        app()
+    app()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """What a person sees: progress with an honest ETA, tables, durations. Everything but results goes to stderr."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-from rich.console import Console
-from rich.table import Table
 
 QUIET_SECONDS = 60.0
+WIDTH_OF_FILES = 160  # columns of a table that goes to a file or a pipe
+
+_CLEAR_LINE = "\r\x1b[2K"
 
 
 def duration(seconds: float) -> str:
@@ -21,46 +21,50 @@ def duration(seconds: float) -> str:
 
 
 def say(message: str) -> None:
-    """One line for the person at the terminal, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """A message for the person at the terminal, on stderr; it takes the place of an unfinished progress line."""
+    print(f"{_CLEAR_LINE if sys.stderr.isatty() else ''}{message}", file=sys.stderr, flush=True)
 
 
-@dataclass
 class Progress:
-    """Progress lines with the time left, from the speed of this session only (a resumed run is no fast one).
+    """Progress lines of one job, with the time left from the speed since the first call: a resumed run is no fast one.
 
-    On a terminal one line is rewritten; elsewhere a line is printed at most every QUIET_SECONDS.
+    On a terminal one line is rewritten; elsewhere there is a line for the first call, one at most every QUIET_SECONDS
+    after it, and one when all is done.
     """
 
-    started: float | None = None
-    start: int = 0
-    spoken: float = field(default=float("-inf"))
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+        self._spoken = -math.inf
 
     def __call__(self, done: int, total: int, message: str) -> None:
         now = time.monotonic()
-        if self.started is None or done < self.start:
-            self.started, self.start, self.spoken = now, done, float("-inf")
+        since, before = self._first = self._first or (now, done)
         live = sys.stderr.isatty()
-        if not live and now - self.spoken < QUIET_SECONDS and done < total:
+        if done < total and not live and now - self._spoken < QUIET_SECONDS:
             return
-        self.spoken = now
+        self._spoken = now
         text = f"{message}: {done} of {total}"
-        if done > self.start and done < total:
-            left = (now - self.started) / (done - self.start) * (total - done)
-            text += f", about {duration(left)} left"
-        if not live:
+        if before < done < total:
+            text += f", about {duration((now - since) / (done - before) * (total - done))} left"
+        if live and done < total:
+            print(f"{_CLEAR_LINE}{text}", end="", file=sys.stderr, flush=True)
+        else:
             say(text)
-            return
-        print(f"\r\x1b[2K{text}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table on stdout; columns that start with `>` are aligned to the right. Cells are text, never markup."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    from rich.console import Console  # late: `--help` needs no tables, and would take half as long again
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=Text(title, style="table.title"), title_justify="left", header_style="bold")
     for column in columns:
-        made.add_column(
-            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
-        )
+        name = column.removeprefix(">")
+        made.add_column(name, justify="left" if name == column else "right", overflow="fold")
     for row in rows:
-        made.add_row(*(str(cell).replace("[", r"\[") for cell in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(made)
+        made.add_row(*(Text(str(cell)) for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
+    with console.capture() as captured:
+        console.print(made)
+    print(captured.get(), end="")  # not by rich, which ends the process when the reader of a pipe is gone

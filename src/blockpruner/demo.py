@@ -56,7 +56,7 @@ def run_demo(folder: Path, dtype: str) -> None:
     random = {f"random {seed}": _random_mask(task, seed) for seed in range(RANDOM_PLANS)}
     contestants: dict[str, Mask] = {"dense": frozenset(), "pruned": plan.mask(), **random}
     found = evaluate_masks(subject.model, subject.anatomy, held_back, contestants, progress=Progress())
-    evaluation = Evaluation.of(found, held_back.record, subject.dtype)
+    evaluation = Evaluation.of(found, held_back.record)
     evaluation.save(folder / "evaluation.json")
     print_evaluation(evaluation)
 

@@ -112,9 +112,9 @@ class _Sweeps:
 
     def _sweep(self, masks: Sequence[Mask], batch: int, message: str) -> None:
         missing = [mask for mask in masks if (mask, batch) not in self._memo]
+        self._done += len(masks) - len(missing)
         if missing:
             self._report(message, first=True)
-        self._done += len(masks) - len(missing)
         for mask, losses in zip(missing, self._objective.losses(missing, batch) if missing else (), strict=True):
             found = tuple(map(float, losses))
             if self._journal is not None:

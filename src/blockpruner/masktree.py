@@ -98,7 +98,7 @@ class _Injector(StandIn):
 class MaskTree:
     """Evaluates masks on batches of windows for a model with one stack of layers.
 
-    Memory over the weights: one state [windows, tokens, hidden] per live prefix, at most one per mask and one more,
+    Memory over the weights: one state [windows, tokens, hidden] per live prefix, at most one per mask and three more,
     and the logits of HEAD_POSITIONS positions. The model is used as it is and never changed for longer than a call.
     """
 
@@ -184,7 +184,7 @@ class MaskTree:
             with replaced(self.model, self._injectors):
                 return self.model(input_ids=ids, **self._extra).logits
         finally:
-            first.state = None
+            del first.state
 
 
 def _stop(*_: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -53,7 +53,8 @@ def load(
     """Load the model `name` strictly: every weight found, none left over, all finite; eval mode, no gradients.
 
     name: `demo`, a folder, a GGUF file or a hub name (`org/name`, with `revision`).
-    dtype: float32, bfloat16, float16, or auto: bfloat16 where the hardware computes in it natively, else float32.
+    dtype: float32, bfloat16, float16; stored: as its config.json says; auto: bfloat16 where the hardware computes in
+    it natively, else float32.
     device: as in torch, or auto: all GPUs if there are several and accelerate is installed, one GPU, mps, cpu.
     InputError: the name, the files or the weights; MachineError: network, memory, disk, or a missing package.
     """
@@ -79,6 +80,7 @@ def load(
     if not spread:
         with quietly(folder):
             model.to(place)
+    model.name_or_path = name  # what a plan calls the model, however it came to be loaded
     return LoadedModel(model, tokenizer, name, folder)
 
 
@@ -184,12 +186,17 @@ def _place(device: str) -> torch.device:
     return place
 
 
-def _dtype(dtype: str, place: torch.device) -> torch.dtype:
-    """The dtype that `dtype` names; for auto, bfloat16 if the hardware at `place` computes in it natively."""
+def _dtype(dtype: str, place: torch.device) -> torch.dtype | Literal["auto"]:
+    """What transformers calls the dtype that `dtype` names; its own `auto` is our `stored`.
+
+    For our auto, bfloat16 if the hardware at `place` computes in it natively.
+    """
     if dtype in DTYPES:
         return DTYPES[dtype]
+    if dtype == "stored":
+        return "auto"
     if dtype != "auto":
-        raise InputError(f"{dtype!r} is no dtype to load in", fix=f"give auto, {', '.join(DTYPES)}")
+        raise InputError(f"{dtype!r} is no dtype to load in", fix=f"give auto, stored, {', '.join(DTYPES)}")
     if place.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif place.type == "mps":

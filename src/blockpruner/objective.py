@@ -42,7 +42,7 @@ class LossObjective:
         if model.config.is_encoder_decoder or not model.can_generate():
             raise InputError(
                 f"{type(model).__name__} does not predict next tokens, so it has no language-modelling loss",
-                fix="give a decoder-only model; other models can be inspected, and pruned by a written plan",
+                fix="give a decoder-only model",
             )
         _check_fits(model, windows)
         self.model, self.anatomy, self.windows = model, anatomy, windows

@@ -22,17 +22,19 @@ from blockpruner.models import LoadedModel, fingerprint
 from blockpruner.moves import Target, format_protected, parse_protected
 from blockpruner.objective import LossObjective
 from blockpruner.plan import ModelIdentity, Plan
-from blockpruner.registry import format_method
+from blockpruner.registry import format_method, lookup
 from blockpruner.searches import SEARCHES, parse_search
 from blockpruner.searching import Problem, Progress, Search
+
+OBJECTIVES = {"loss": LossObjective}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with its tokenizer, taken apart and known by its fingerprint; folder: where its files are, if any."""
+    """A model taken apart and known by its fingerprint; folder: where its files are, which nothing writes into."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    given_tokenizer: PreTrainedTokenizerBase | None
     anatomy: Anatomy
     identity: ModelIdentity
     folder: Path | None = None
@@ -41,22 +43,29 @@ class Subject:
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What reads text for the model; InputError if the model came without one."""
+        if self.given_tokenizer is None:
+            raise InputError(
+                f"{self.identity.name} has no tokenizer, so it cannot read text",
+                fix="put its tokenizer files beside its weights",
+            )
+        return self.given_tokenizer
+
 
 def open_subject(loaded: LoadedModel) -> Subject:
-    """Prove the anatomy of a loaded model; InputError if it has no tokenizer."""
-    if loaded.tokenizer is None:
-        raise InputError(f"{loaded.name} has no tokenizer", fix="put its tokenizer files beside its weights")
-    name = Path(loaded.name).name if Path(loaded.name).exists() else loaded.name
-    return subject_of(loaded.model, loaded.tokenizer, name, loaded.folder)
+    """Prove the anatomy of a loaded model."""
+    return subject_of(loaded.model, loaded.tokenizer, loaded.name, loaded.folder)
 
 
 def subject_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, folder: Path | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, folder: Path | None = None
 ) -> Subject:
-    """Prove the anatomy of a model in memory."""
+    """Prove the anatomy of a model in memory; `name` may be a path, of which the last part is kept."""
     anatomy = read_anatomy(model)
     identity = ModelIdentity(
-        name=name,
+        name=Path(name).resolve().name if Path(name).exists() else name,
         model_type=str(model.config.model_type),
         parameters=anatomy.total_parameters,
         fingerprint=fingerprint(model),
@@ -82,6 +91,7 @@ def prepare(
     target: str,
     calibration: str,
     search: str = "greedy",
+    objective: str = "loss",
     moves: str = "block",
     protect: str = "",
     tokens: int = 16384,
@@ -96,6 +106,7 @@ def prepare(
     outline = subject.anatomy.outline
     problem = Problem(outline, moves, Target.parse(target), parse_protected(protect, outline))
     method = parse_search(search, seed=seed)
+    minimised = lookup(objective, OBJECTIVES, "objective")
     data = load_calibration(
         calibration,
         subject.tokenizer,
@@ -107,7 +118,7 @@ def prepare(
         column=column,
         quiet=quiet,
     )
-    return Task(subject, data, LossObjective(subject.model, subject.anatomy, data.windows), problem, method, seed)
+    return Task(subject, data, minimised(subject.model, subject.anatomy, data.windows), problem, method, seed)
 
 
 @dataclass(frozen=True)
@@ -157,7 +168,7 @@ def find_plan(task: Task, run: Path | None = None, progress: Progress | None = N
             result,
             search=task.search,
             problem=task.problem,
-            objective="loss",
+            objective=format_method(task.objective, OBJECTIVES),
             seed=task.seed,
             dtype=task.subject.dtype,
             model=task.subject.identity,
@@ -169,13 +180,17 @@ def find_plan(task: Task, run: Path | None = None, progress: Progress | None = N
 
 
 def _identity(task: Task) -> dict[str, str]:
-    """All that a loss in the journal depends on. Not the target: a search may go on to a deeper one."""
+    """All that the journal's losses, and what is decided by them, depend on.
+
+    Not the target: a search may go on to a deeper one.
+    """
+    data = task.calibration.record
     return {
         "model": task.subject.identity.fingerprint,
-        "calibration": task.calibration.record.fingerprint,
-        "window": str(task.calibration.record.window),
+        "calibration": f"{data.source}, {data.windows} x {data.window} tokens, BOS {data.bos}, {data.fingerprint}",
+        "seed": str(task.seed),
         "search": format_method(task.search, SEARCHES),
-        "objective": "loss",
+        "objective": format_method(task.objective, OBJECTIVES),
         "moves": task.problem.granularity,
         "protected": ",".join(format_protected(task.problem.protected)),
         "batch tokens": str(task.objective.batch_tokens),
@@ -184,23 +199,34 @@ def _identity(task: Task) -> dict[str, str]:
         "device": task.subject.model.device.type,
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "blockpruner": version("blockpruner"),
+        **{package: version(package) for package in ("torch", "transformers", "blockpruner")},
     }
 
 
 def save_subject(
-    subject: Subject, plan: Plan, out: Path, *, first: int | None = None, form: Form | None = None
+    subject: Subject,
+    plan: Plan,
+    out: Path,
+    *,
+    first: int | None = None,
+    form: Form | None = None,
+    source: str = "the plan",
 ) -> Saved:
-    """Write the model without the blocks of `plan` to the new folder `out`, the plan beside it; reloaded, compared."""
+    """Write the model without the blocks of `plan`, or of its `first` steps, to the new folder `out`.
+
+    Those steps go beside the weights as plan.json; all is reloaded and compared, see `checkpoint.save_pruned`.
+    InputError, naming `source`, if the plan is not for this model.
+    """
+    plan.check(subject.anatomy.outline, subject.identity, source)
+    mask = plan.mask(first)
+    taken = plan.model_copy(update={"steps": plan.steps[:first]})
     return save_pruned(
         subject.model,
-        subject.tokenizer,
+        subject.given_tokenizer,
         subject.anatomy,
-        plan.mask(first),
+        mask,
         out,
         form=form,
         source=subject.folder,
-        extra_files={"plan.json": plan.model_dump_json(indent=2).encode() + b"\n"},
+        extra_files={"plan.json": taken.model_dump_json(indent=2).encode() + b"\n"},
     )

@@ -148,8 +148,8 @@ def adopt(model: PreTrainedModel, removed: list[str], modules: dict[str, dict[st
     }
     config.__class__ = pruned_config_class(base_config)
     setattr(config, MODEL_TYPE, record)
-    for module in [module for module in model.modules() if getattr(module, "config", None) is model.config]:
-        module.config = config
+    for held in [vars(module) for module in model.modules() if vars(module).get("config") is model.config]:
+        held["config"] = config
     model.__class__ = pruned_model_class(unpruned(type(model)))
     _register(base_config)
 

@@ -35,8 +35,8 @@ def anatomy_json(subject: Subject) -> dict[str, Any]:
 
 
 def print_anatomy(subject: Subject) -> None:
-    """Every block of the model, one row each."""
-    parts = list(subject.anatomy.parts.values())
+    """Every block of the model, one row each, and what all of them have in common."""
+    identity, parts = subject.identity, list(subject.anatomy.parts.values())
     rows = [
         (
             part.block.layer,
@@ -50,11 +50,7 @@ def print_anatomy(subject: Subject) -> None:
         for part in parts
     ]
     columns = (">layer", "block", "module", ">parameters", ">compute", ">KV bytes/token", "kind known by")
-    table(
-        f"{subject.identity.name}: {subject.identity.model_type}, {subject.identity.parameters:,} parameters",
-        columns,
-        rows,
-    )
+    table(f"{identity.name}: {identity.model_type}, {identity.parameters:,} parameters", columns, rows)
     print(f"{len(parts)} blocks, all proved: without its blocks every layer is the identity, and removing a block")
     print("equals setting its weights to zero, bit for bit.")
     cache = sum(part.cache_bytes for part in parts)
@@ -78,25 +74,31 @@ def print_plan(plan: Plan) -> None:
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """The contestants of an evaluation side by side, and what each wrote."""
-    data = evaluation.data
+    data, contestants = evaluation.data, evaluation.contestants
     rows = [
-        (q.name, f"{q.parameters:,}", q.cache_bytes, _value(q.loss), _value(q.perplexity, 2), f"{q.bits_per_byte:.4f}")
-        for q in evaluation.contestants
+        (
+            quality.name,
+            f"{quality.parameters:,}",
+            quality.cache_bytes,
+            _value(quality.loss),
+            _value(quality.perplexity, 2),
+            f"{quality.bits_per_byte:.4f}",
+        )
+        for quality in contestants
     ]
-    columns = ("model", ">parameters", ">KV bytes/token", ">loss in nats", ">perplexity", ">bits per byte")
-    table(
-        f"{data.source}: {data.windows} windows x {data.window} tokens, BOS: {data.bos}, {evaluation.dtype}; "
-        "± standard error over windows",
-        columns,
-        rows,
-    )
-    for quality in evaluation.contestants:
+    dtypes = ", ".join(dict.fromkeys(quality.dtype for quality in contestants))
+    columns = ("model", ">parameters", ">KV B/token", ">loss in nats", ">perplexity", ">bits/byte")
+    protocol = f"{data.windows} windows x {data.window} tokens, BOS: {data.bos}, {dtypes}"
+    table(f"{data.source}: {protocol}; ± standard error over windows", columns, rows)
+    if len({quality.text for quality in contestants}) > 1:
+        print("These models split the text into different tokens: compare bits per byte, not loss or perplexity.")
+    for quality in contestants:
         if quality.sample is not None:
             print(f"{quality.name} writes: {quality.sample!r}")
 
 
 def print_saved(saved: Saved, before: int) -> None:
-    """What was saved, how it compares, and how to load it."""
+    """What was saved, how it compares, and how to load it; `before`: parameters of the model that was pruned."""
     share = saved.parameters / before - 1
     print(f"{saved.folder}: {saved.form} checkpoint, {saved.parameters:,} of {before:,} parameters ({share:+.1%})")
     print(f"reloaded in a fresh process: logits differ by at most {saved.difference:.2g}")

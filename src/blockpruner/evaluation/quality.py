@@ -1,7 +1,7 @@
 """Perplexity and bits per byte under a stated protocol, size, cache bytes, and a greedy sample to look at."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,10 +15,14 @@ from blockpruner.errors import CheckFailedError
 from blockpruner.objective import LossObjective
 from blockpruner.searching import Progress
 
+MOST_NATS = 700.0  # a mean loss above it has no perplexity in double precision
+
 
 class Quality(Record):
-    """One contestant. parameters, cache_bytes: number of parameters, key/value bytes per token; lower = better.
+    """One contestant; lower = better in every number.
 
+    removed: the mask, as text; parameters: how many; cache_bytes: key/value bytes per token; dtype: computed in;
+    text: fingerprint of its windows, losses compare where it is the same.
     loss: mean next-token loss over windows; perplexity = exp(loss), its standard error exp(loss) times that of the
     loss; bits_per_byte = summed loss / (ln 2 * bytes of the predicted text), comparable between tokenizers.
     """
@@ -27,6 +31,8 @@ class Quality(Record):
     removed: str
     parameters: int
     cache_bytes: int
+    dtype: str
+    text: str
     loss: Estimate
     perplexity: Estimate
     bits_per_byte: float
@@ -34,55 +40,72 @@ class Quality(Record):
 
 
 class Evaluation(Artifact):
-    """Contestants on the same text under the same protocol."""
+    """Contestants under the same protocol. data: the windows of the first, and of all whose `text` is the same."""
 
     FORMAT: ClassVar[str] = "blockpruner.evaluation"
     VERSION: ClassVar[int] = 1
 
     data: CalibrationRecord
-    dtype: str
     contestants: tuple[Quality, ...]
 
     @classmethod
-    def of(cls, contestants: Sequence[Quality], data: CalibrationRecord, dtype: str) -> "Evaluation":
-        return cls(format=cls.FORMAT, version=cls.VERSION, data=data, dtype=dtype, contestants=tuple(contestants))
+    def of(cls, contestants: Sequence[Quality], data: CalibrationRecord) -> "Evaluation":
+        return cls(format=cls.FORMAT, version=cls.VERSION, data=data, contestants=tuple(contestants))
 
 
-def load_text(data: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Calibration:
+def load_text(
+    data: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int = 16384,
+    window: int = 2048,
+    bos: str = "auto",
+    split: str | None = None,
+    column: str | None = None,
+    seed: int = 0,
+) -> Calibration:
     """The windows of `data` to evaluate on: as for calibration, but `wikitext2` means its test part here."""
-    if data.partition("[")[0] == "wikitext2" and options.get("split") is None:
-        options["split"] = "test"
-    return load_calibration(data, tokenizer, **options)
+    if split is None and data.partition("[")[0] == "wikitext2":
+        split = "test"
+    return load_calibration(
+        data, tokenizer, window=window, tokens=tokens, seed=seed, bos=bos, split=split, column=column
+    )
 
 
 def evaluate_masks(
     model: PreTrainedModel,
     anatomy: Anatomy,
     data: Calibration,
-    masks: dict[str, Mask],
+    masks: Mapping[str, Mask],
     *,
     progress: Progress | None = None,
 ) -> list[Quality]:
     """Quality of the model without each mask, by name, in one sweep that computes shared prefixes once.
 
-    CheckFailedError names a contestant whose loss is not finite.
+    CheckFailedError names a contestant whose perplexity is not finite.
     """
     objective = LossObjective(model, anatomy, data.windows)
     distinct = list(dict.fromkeys(masks.values()))
     losses: dict[Mask, list[float]] = {mask: [] for mask in distinct}
     for batch in range(objective.batches):
         if progress:
-            progress(batch, objective.batches, f"evaluating {len(masks)} contestants")
+            progress(batch, objective.batches, "evaluating")
         for mask, found in zip(distinct, objective.losses(distinct, batch), strict=True):
             losses[mask] += found
     if progress:
-        progress(objective.batches, objective.batches, "evaluated")
-    return [_quality(name, mask, anatomy, data, losses[mask]) for name, mask in masks.items()]
+        progress(objective.batches, objective.batches, "evaluating")
+    return [_quality(name, mask, model, anatomy, data, losses[mask]) for name, mask in masks.items()]
 
 
-def _quality(name: str, mask: Mask, anatomy: Anatomy, data: Calibration, losses: list[float]) -> Quality:
-    if not all(map(math.isfinite, losses)):
-        raise CheckFailedError(f"{name} has a loss that is not a finite number", fix="evaluate with --dtype float32")
+def _quality(
+    name: str, mask: Mask, model: PreTrainedModel, anatomy: Anatomy, data: Calibration, losses: list[float]
+) -> Quality:
+    wild = [loss for loss in losses if not loss < MOST_NATS]  # NaN too
+    if wild:
+        raise CheckFailedError(
+            f"{name} has no finite perplexity: the loss of a window is {wild[0]} nats",
+            fix="evaluate with --dtype float32; if that changes nothing, the model is broken",
+        )
     loss = Estimate.of(losses, LossObjective.unit)
     value = math.exp(loss.value)
     stderr = None if loss.stderr is None else value * loss.stderr
@@ -92,6 +115,8 @@ def _quality(name: str, mask: Mask, anatomy: Anatomy, data: Calibration, losses:
         removed=format_mask(mask),
         parameters=anatomy.total_parameters - anatomy.outline.removed_parameters(mask),
         cache_bytes=sum(part.cache_bytes for block, part in anatomy.parts.items() if block not in mask),
+        dtype=str(model.dtype).removeprefix("torch."),
+        text=data.record.fingerprint,
         loss=loss,
         perplexity=Estimate(value=value, stderr=stderr, n=loss.n, unit="perplexity", reason=loss.reason),
         bits_per_byte=math.fsum(losses) * predicted / (math.log(2) * data.record.bytes),
@@ -99,10 +124,9 @@ def _quality(name: str, mask: Mask, anatomy: Anatomy, data: Calibration, losses:
 
 
 @torch.no_grad()
-def greedy_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 32) -> str:
-    """What the model writes after `prompt`, greedily and with its cache."""
-    given = tokenizer(prompt, return_tensors="pt").to(model.device)
-    written = model.generate(
-        **given, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id
-    )
+def greedy_sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = 32) -> str:
+    """What `model`, a PreTrainedModel that generates, writes after `prompt`, greedily and with its cache."""
+    given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    written = model.generate(**given, max_new_tokens=tokens, do_sample=False, pad_token_id=padding)
     return str(tokenizer.decode(written[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
