@@ -90,6 +90,8 @@ def opened(options: argparse.Namespace) -> tuple[Any, Any]:
     from blockpruner.models import load
 
     loaded = load(options.model, dtype=options.dtype)
+    if loaded.tokenizer is None:
+        raise SystemExit("the model has no tokenizer")
     text = load_calibration(options.data, loaded.tokenizer, window=options.window, windows=options.windows, quiet=True)
     return loaded.model, text.windows.to(loaded.model.device)
 

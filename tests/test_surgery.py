@@ -10,8 +10,9 @@ from tiny import FAMILIES, LanguageModel, anatomy_of, shared, token_ids
 from torch import nn
 
 from blockpruner.anatomy import Anatomy
-from blockpruner.blocks import Block
+from blockpruner.blocks import Block, Move
 from blockpruner.errors import InputError
+from blockpruner.plan import Plan
 from blockpruner.surgery import prune_, skipped
 
 # Per family, below the layer, what must be zero for a branch to add nothing: read in transformers' modelling files.
@@ -209,3 +210,12 @@ def test_stand_ins_follow_the_mode_of_what_they_replace():
     prune_(model, ["attention.1"])
     assert model.training
     assert model.get_submodule("model.layers.1.self_attn").training
+
+
+def test_a_plan_says_which_blocks_to_remove():
+    plan = Plan.of(Move.of(Block("attention", 1)), Move.of(Block("mlp", 0)))
+    model, pruned = FAMILIES["llama"](), FAMILIES["llama"]()
+    prune_(pruned, plan)
+    ids = token_ids()
+    with torch.no_grad(), skipped(model, plan):
+        assert torch.equal(model(ids).logits, pruned(ids).logits)

@@ -8,11 +8,14 @@ from transformers import PreTrainedModel
 from blockpruner.anatomy import Anatomy, read_anatomy
 from blockpruner.blocks import Block
 from blockpruner.errors import InputError
+from blockpruner.plan import Plan
 from blockpruner.probing import stood_in
 from blockpruner.standin import adopt, place
 
 
-def _blocks(blocks: Iterable[Block | str]) -> list[Block]:
+def _blocks(blocks: Plan | Iterable[Block | str]) -> list[Block]:
+    if isinstance(blocks, Plan):
+        return sorted(blocks.mask(), key=lambda block: block.order)
     found = [block if isinstance(block, Block) else Block.parse(block) for block in blocks]
     if len(set(found)) != len(found):
         raise InputError("a block is named twice", fix="name every block to remove once")
@@ -21,11 +24,12 @@ def _blocks(blocks: Iterable[Block | str]) -> list[Block]:
 
 @contextlib.contextmanager
 def skipped(
-    model: PreTrainedModel, blocks: Iterable[Block | str], *, anatomy: Anatomy | None = None
+    model: PreTrainedModel, blocks: Plan | Iterable[Block | str], *, anatomy: Anatomy | None = None
 ) -> Iterator[PreTrainedModel]:
     """While the block runs, `model` works without `blocks`; it is always restored, also after an exception.
 
-    blocks: Block or text (`"attention.3"`); anatomy: pass it when there is one, reading it costs a few short passes.
+    blocks: a plan, or blocks as such or as text (`"attention.3"`); anatomy: pass it when there is one, since reading it
+    costs a few short passes.
     Logits, generation with any cache, gradients and hooks work as on the whole model.
     """
     anatomy = anatomy or read_anatomy(model)
@@ -33,7 +37,9 @@ def skipped(
         yield model
 
 
-def prune_(model: PreTrainedModel, blocks: Iterable[Block | str], *, anatomy: Anatomy | None = None) -> PreTrainedModel:
+def prune_(
+    model: PreTrainedModel, blocks: Plan | Iterable[Block | str], *, anatomy: Anatomy | None = None
+) -> PreTrainedModel:
     """Remove `blocks` from `model` for good, in place; returns the same model.
 
     The blocks' memory is freed, with the norms and projections that only they needed. `save_pretrained` then writes a
