@@ -13,7 +13,7 @@ import fresh
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, anatomy_of, shared
+from tiny import FAMILIES, anatomy_of, shared, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blockpruner import checkpoint
@@ -298,3 +298,12 @@ def test_a_model_that_was_pruned_before_has_only_the_stand_in_form(tmp_path, for
         save_pruned(model, None, anatomy, parse_mask("mlp.1"), tmp_path / "out", form=form)
     with unchecked():
         assert save_pruned(model, None, anatomy, parse_mask("attention.3+mlp.3"), tmp_path / "out").form == "stand-ins"
+
+
+def test_where_the_stock_form_computes_something_else_stand_ins_are_taken(tmp_path, caplog):
+    model = tiny("gpt2", scale_attn_by_inverse_layer_idx=True)  # a layer that moves up computes something else
+    saved = save_pruned(model, None, read_anatomy(model), parse_mask("attention.1+mlp.1"), tmp_path / "out")
+    assert saved.form == "stand-ins"
+    assert saved.difference < 1e-5
+    assert "no stock form" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

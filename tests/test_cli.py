@@ -83,6 +83,19 @@ def plan_file(subject, prose, tmp_path_factory):
     return path
 
 
+def test_all_tokens_of_a_text_can_be_asked_for(search, opened, prose):
+    plan = json.loads(search("--json", tokens="all", target="blocks=1", run="all").out)
+    assert plan["calibration"]["tokens"] > 96
+
+
+def test_the_run_folder_of_a_search_cannot_lie_in_the_model(search, checkpoint):
+    before = sorted(Path(checkpoint).iterdir())
+    done = search(run=Path(checkpoint, "run"))
+    assert done.code == 2
+    assert "lies in the source model" in done.err
+    assert sorted(Path(checkpoint).iterdir()) == before
+
+
 def test_inspect_lists_every_block(run, checkpoint):
     done = run("inspect", checkpoint, *FLOAT32)
     assert done.code == 0
@@ -173,7 +186,7 @@ def test_prune_writes_a_checkpoint_with_its_plan_that_evaluate_sets_beside_the_m
 
 def test_prune_as_json_says_form_parameters_and_difference(run, checkpoint, plan_file, monkeypatch):
     monkeypatch.setattr(checkpoints, "_compare", lambda *_, **__: 0.25)
-    done = run("prune", checkpoint, "--plan", plan_file, "--out", "zeros", "--form", "zeroed", "--json")
+    done = run("prune", checkpoint, "--plan", plan_file, "--out", "zeros", "--zeroed", "--json")
     value = json.loads(done.out)
     size = value.pop("weight_bytes")
     assert size > 4 * value["parameters"]
@@ -212,9 +225,9 @@ def test_demo_does_the_whole_job_and_fails_where_random_is_as_good(run, checkpoi
     contestants = {entry.name: entry for entry in evaluation.contestants}
     assert list(contestants) == ["dense", "pruned", *(f"random {seed}" for seed in range(12))]
     assert all(entry.removed.count("+") == 2 for entry in evaluation.contestants[1:])
-    again = run("demo", "--run", "demo")
-    assert again.code == 2
-    assert "demo/model already exists" in again.err
+    again = run("demo", "--run", "demo", "--dtype", "float32")
+    assert again.code == 0, again.err
+    assert Evaluation.load(Path("demo/evaluation.json")) == evaluation
 
     worst = max(evaluation.contestants, key=lambda entry: entry.loss.value)
     others = [entry for name, entry in contestants.items() if name != "pruned"]
@@ -283,7 +296,7 @@ def test_a_command_that_is_misspelt_is_guessed(run):
         ({"calibration": "alpacca"}, "'alpacca' is no source of text", "alpaca, wikitext2 or builtin"),
         ({"split": "test"}, "prose.txt has no split to choose", "leave the split 'test' out"),
         ({"window": "1"}, "'--window'", "blockpruner search -h"),
-        ({"tokens": "many"}, "'--tokens'", "blockpruner search -h"),
+        ({"tokens": "many"}, "--tokens many is no number of tokens", "a whole number above 0, or all"),
         ({"target": None}, "'--target'", "blockpruner search -h"),
     ],
     ids=lambda value: ",".join(map(str, value)) if isinstance(value, dict) else "",

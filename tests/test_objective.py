@@ -15,6 +15,7 @@ from blockpruner.anatomy import read_anatomy
 from blockpruner.artifacts import Work
 from blockpruner.blocks import parse_mask
 from blockpruner.errors import InputError
+from blockpruner.masktree import MaskTree
 from blockpruner.objective import LossObjective
 from blockpruner.surgery import skipped
 
@@ -203,3 +204,12 @@ def test_models_that_do_not_predict_the_next_token_are_refused_by_name(build):
     model = build().eval()
     with pytest.raises(InputError, match=f"{type(model).__name__} does not predict next tokens"):
         LossObjective(model, anatomy_of("llama"), token_ids())
+
+
+def test_memory_that_runs_out_is_no_reason_for_the_engine_that_needs_more(monkeypatch):
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(MaskTree, "final_states", full)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        LossObjective(shared("llama"), anatomy_of("llama"), token_ids())

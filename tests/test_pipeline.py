@@ -158,6 +158,22 @@ def test_other_text_and_another_dtype_or_model_are_not_resumed_either(task, subj
     changed = subject_of(half.model, half.tokenizer, "planted")
     with pytest.raises(RunFolderError, match=r"model: \w+ -> \w+"):
         find_plan(task(target="blocks=1", subject=changed), tmp_path / "run")
+    half.model.config.rms_norm_eps = 0.1
+    find_plan(task(target="blocks=1", subject=changed), tmp_path / "other")
+    half.model.config.rms_norm_eps = 0.2
+    with pytest.raises(RunFolderError, match=r"computation: \w+ -> \w+"):
+        find_plan(task(target="blocks=1", subject=changed), tmp_path / "other")
+
+
+def test_a_run_folder_in_the_source_is_refused(task, subject):
+    with pytest.raises(InputError, match="lies in the source model"):
+        find_plan(task(target="blocks=1"), subject.folder / "run")
+    assert not (subject.folder / "run").exists()
+
+
+def test_a_budget_ends_the_search_with_the_steps_it_could_pay_for(task):
+    plan = find_plan(task(target="blocks=3"), budget=1 + 8 + 7)
+    assert (len(plan.steps), plan.evaluations) == (2, 16)
 
 
 def test_only_text_needs_a_tokenizer(subject, prose):
@@ -166,7 +182,7 @@ def test_only_text_needs_a_tokenizer(subject, prose):
     with pytest.raises(InputError, match="bare has no tokenizer"):
         prepare(bare, calibration=str(prose), **SEARCH)
     with pytest.raises(InputError, match="bare has no tokenizer"):
-        load_text(str(prose), bare.tokenizer)
+        load_text(str(prose), bare.tokenizer, bare.model)
 
 
 DYING = """

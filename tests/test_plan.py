@@ -183,3 +183,12 @@ def test_a_foreign_file_of_unknown_form_is_named(tmp_path):
     with pytest.raises(InputError) as error:
         Plan.read(path)
     assert str(path) in error.value.what
+
+
+def test_a_cut_plan_claims_nothing_of_the_search_that_went_further():
+    plan = Plan.of(*(Move.of(Block("mlp", layer)) for layer in range(3)))
+    plan = plan.model_copy(update={"stop_reason": "the target is reached", "evaluations": 10})
+    cut = plan.cut(2)
+    assert (cut.mask(), cut.stop_reason, cut.evaluations) == (plan.mask(2), None, None)
+    with pytest.raises(InputError, match="the first 4 steps"):
+        plan.cut(4)

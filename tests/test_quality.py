@@ -5,7 +5,10 @@ import statistics
 from typing import Any
 
 import pytest
+import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from blockpruner.anatomy import read_anatomy
 from blockpruner.blocks import parse_mask
@@ -67,7 +70,7 @@ def test_perplexity_and_its_standard_error_are_those_of_the_windows(found, text,
 def test_bits_per_byte_is_the_information_of_the_text_over_its_size(found, text, opened, checkpoint):
     losses = plain_token_losses(opened[0], text.windows)
     size = sum(len(opened[2].decode(window[1:]).encode()) for window in text.windows)
-    assert found["dense"].bits_per_byte == pytest.approx(float(losses.sum()) / math.log(2) / size, rel=1e-5)
+    assert found["dense"].bits_per_byte.value == pytest.approx(float(losses.sum()) / math.log(2) / size, rel=1e-5)
 
 
 def test_sizes_are_those_of_the_model_that_is_left(found, checkpoint):
@@ -87,7 +90,7 @@ def test_masks_in_one_sweep_are_evaluated_as_if_alone(found, opened, text):
 
 
 def test_what_the_numbers_rest_on_is_said_with_them(found, opened, text, tmp_path):
-    assert {entry.text for entry in found.values()} == {text.record.fingerprint}
+    assert {entry.fingerprint for entry in found.values()} == {text.record.fingerprint}
     assert {entry.dtype for entry in found.values()} == {"float32"}
     evaluation = Evaluation.of(list(found.values()), text.record)
     evaluation.save(tmp_path / "evaluation.json")
@@ -133,7 +136,7 @@ def test_progress_is_told_from_begin_to_end(opened, text):
 def test_wikitext2_means_its_test_part(monkeypatch, data, given, expected):
     monkeypatch.setattr(quality, "load_calibration", lambda source, tokenizer, **options: (source, options["split"]))
     tokenizer: Any = None
-    assert load_text(data, tokenizer, split=given) == (data, expected)
+    assert load_text(data, tokenizer, tiny.shared("llama"), split=given) == (data, expected)
 
 
 def test_a_greedy_sample_goes_on_with_the_most_likely_tokens(opened):
@@ -144,3 +147,18 @@ def test_a_greedy_sample_goes_on_with_the_most_likely_tokens(opened):
         for _ in range(5):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(dim=-1)], dim=1)
     assert greedy_sample(model, tokenizer, "The quick brown", tokens=5) == tokenizer.decode(ids[0, start:])
+
+
+@given(st.lists(st.floats(1, 1e4), min_size=2, max_size=12), st.integers(1, 500))
+def test_with_windows_of_one_size_bits_per_byte_is_an_ordinary_mean(bits, size):
+    found = quality._bits_per_byte(bits, [size] * len(bits))
+    each = [b / size for b in bits]
+    assert found.value == pytest.approx(statistics.mean(each))
+    assert found.stderr == pytest.approx(statistics.stdev(each) / len(each) ** 0.5, abs=1e-9)
+
+
+@given(st.lists(st.integers(1, 500), min_size=2, max_size=12), st.floats(0.1, 5))
+def test_windows_that_agree_on_bits_per_byte_leave_no_doubt_about_it(sizes, rate):
+    found = quality._bits_per_byte([rate * size for size in sizes], sizes)
+    assert found.value == pytest.approx(rate)
+    assert found.stderr == pytest.approx(0, abs=1e-6)

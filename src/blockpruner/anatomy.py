@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from blockpruner.blocks import Block, Mask, Outline
 from blockpruner.branches import MISFIT, Dissection, Spec, dissect, runs_to_stream, template
-from blockpruner.errors import UnsupportedModelError
+from blockpruner.errors import UnsupportedModelError, is_out_of_memory
 from blockpruner.probing import (
     Key,
     SeenLayer,
@@ -241,7 +241,9 @@ def _prove_apart(model: PreTrainedModel, layers: list[Layer], inputs: Mapping[st
     try:
         with torch.no_grad(), stood_in(model, specs):
             same = torch.equal(model(**inputs)[0], reference)
-    except MISFIT:
+    except MISFIT as error:
+        if is_out_of_memory(error):
+            raise
         same = False
     if not same:
         raise UnsupportedModelError(

@@ -18,8 +18,8 @@ from blockpruner.searching import Progress
 class TextOptions(TypedDict, total=False):
     """How text becomes windows; see `quality.load_text` and `calibration`."""
 
-    tokens: int
-    window: int
+    tokens: int | None
+    window: int | None
     bos: str
     split: str | None
     column: str | None
@@ -84,7 +84,7 @@ def evaluate(
     **text: Unpack[TextOptions],
 ) -> Evaluation:
     """Quality of `model` on `data`, and of the model without each of `masks` (name -> blocks), in one sweep."""
-    windows = load_text(data, tokenizer, **text)
+    windows = load_text(data, tokenizer, model, **text)
     named = {"model": parse_mask("dense"), **{name: frozenset(mask) for name, mask in (masks or {}).items()}}
     return Evaluation.of(evaluate_masks(model, read_anatomy(model), windows, named), windows.record)
 

@@ -1,6 +1,7 @@
 """Everything that goes to disk: one atomic writer, strict versioned JSON, run folders; no tensors."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -8,7 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,6 +18,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from blockpruner.errors import InputError, MachineError, RunFolderError
 
 MAX_JSON_BYTES = 256 * 2**20
+_REFUSED_WRITES = frozenset(
+    getattr(errno, f"E{name}")
+    for name in (
+        *("ACCES", "DQUOT", "EXIST", "FBIG", "IO", "ISDIR", "MFILE"),
+        *("NAMETOOLONG", "NFILE", "NOSPC", "NOTDIR", "PERM", "ROFS"),
+    )
+)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -32,6 +40,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno not in _REFUSED_WRITES:
+            raise
         raise MachineError(
             f"cannot write {path}: {error.strerror or error}",
             fix="free space or choose another place with --out or --run, then run the same command again",
@@ -96,8 +106,13 @@ def check_new_folder(path: Path, *, sources: tuple[Path, ...] = ()) -> None:
         raise InputError(f"{path} is a symbolic link; results are not written through links", fix="name a new folder")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} already exists", fix="name a new folder, or remove that one first")
+    check_outside(path, sources)
+
+
+def check_outside(path: Path, sources: Iterable[Path]) -> None:
+    """InputError if `path`, with all links followed, is one of the model folders `sources` or lies in one."""
+    inside = path.resolve()
     for source in sources:
-        inside = path.resolve()
         if source.is_dir() and (inside == source.resolve() or source.resolve() in inside.parents):
             raise InputError(f"{path} lies in the source model {source}", fix="write to a folder outside the source")
 
@@ -170,11 +185,12 @@ class Artifact(Record):
 
 
 @contextlib.contextmanager
-def run_folder(path: Path) -> Iterator[Path]:
+def run_folder(path: Path, *, sources: Iterable[Path] = ()) -> Iterator[Path]:
     """The run folder `path`, made if need be and held by this process alone (a kernel lock, gone with the process).
 
-    RunFolderError names the host and process that hold it.
+    InputError if it lies in one of the model folders `sources`; RunFolderError names who holds it.
     """
+    check_outside(path, sources)
     with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from blockpruner.blocks import Kind
-from blockpruner.errors import UnsupportedModelError
+from blockpruner.errors import UnsupportedModelError, is_out_of_memory
 from blockpruner.probing import Call, SeenLayer, first_tensor, recorded, scrambled, stood_in, with_parameters
 
 MAX_COMBINATIONS = 3000
@@ -175,7 +175,9 @@ def _cheapest_first(options: list[list[Spec]]) -> Iterator[tuple[Spec, ...]]:
 def _is_identity(layer: SeenLayer, specs: Mapping[str, Spec]) -> bool:
     try:
         return torch.equal(runs_to_stream(layer, specs), layer.stream)
-    except MISFIT:
+    except MISFIT as error:
+        if is_out_of_memory(error):
+            raise
         return False  # this combination does not fit the layer's own arithmetic
 
 
@@ -197,7 +199,9 @@ def _idle(layer: SeenLayer, calls: Mapping[str, Call], silent: Mapping[str, Spec
     def unchanged(more: Mapping[str, Spec]) -> bool:
         try:
             return torch.equal(runs_to_stream(layer, {**specs, **more}), truth)
-        except MISFIT:
+        except MISFIT as error:
+            if is_out_of_memory(error):
+                raise
             return False
 
     def visit(path: str, inner: nn.Module) -> None:

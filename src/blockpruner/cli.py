@@ -36,14 +36,21 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub name, folder, .gguf file, or `demo`.")]
-Run = Annotated[Path, typer.Option("--run", metavar="DIR", help="Run folder: journal, plan, results. Resumes there.")]
+Run = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="DIR", help="Run folder: journal, plan; resumes there. runs/MODEL if left out."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, or stored: as in the checkpoint.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 RemoteCode = Annotated[bool, typer.Option("--allow-remote-code", help="Run code that lies in the checkpoint.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights from pickles, which can run code.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Source = "Hub data set, .txt/.jsonl/.parquet file, alpaca, wikitext2 or builtin; part of one: FILE.jsonl[0:200]."
-Tokens = Annotated[int, typer.Option(min=1, help="Tokens of text to use.")]
-Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+Tokens = Annotated[str, typer.Option(metavar="N", help="Tokens of text to use, or all.")]
+Window = Annotated[
+    int | None, typer.Option(min=2, help="Tokens per window; 2048, or the model's context, if left out.")
+]
 Bos = Annotated[str, typer.Option(help="BOS once per stream, once per window, none, or auto.")]
 Split = Annotated[str | None, typer.Option(help="Split of a hub data set.")]
 Column = Annotated[str | None, typer.Option(help="Column that holds the text.")]
@@ -76,12 +83,18 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 @verb("blockpruner inspect demo")
 def inspect(
-    model: Model, dtype: Dtype = "auto", device: Device = "auto", remote: RemoteCode = False, as_json: Json = False
+    model: Model,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    remote: RemoteCode = False,
+    pickle: Pickle = False,
+    as_json: Json = False,
 ) -> None:
     """Show every block of a model. Where it is, how large, what it costs, and that it was proved."""
     from blockpruner.tables import anatomy_json, print_anatomy
 
-    subject = _open(model, dtype, device, remote)
+    subject = _open(model, dtype, device, revision, remote, pickle)
     if as_json:
         _print_json(anatomy_json(subject))
     else:
@@ -97,17 +110,20 @@ def search(
     objective: Annotated[str, typer.Option(help="What is minimised: loss.")] = "loss",
     moves: Annotated[str, typer.Option(help="block, attention, mlp, layer or stock.")] = "block",
     protect: Annotated[str, typer.Option(help="Layers never touched: 0,1,-1.")] = "",
-    tokens: Tokens = 16384,
-    window: Window = 2048,
+    tokens: Tokens = "16384",
+    window: Window = None,
     bos: Bos = "auto",
     split: Split = None,
     column: Column = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    run: Run = Path("runs/search"),
+    run: Run = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="Evaluations of a mask at most.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the price and stop.")] = False,
+    revision: Revision = None,
     remote: RemoteCode = False,
+    pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
     """Find which blocks to remove. Writes plan.json into the run folder; killed, the same command goes on."""
@@ -116,14 +132,14 @@ def search(
     from blockpruner.tables import print_plan
 
     task = prepare(
-        _open(model, dtype, device, remote),
+        _open(model, dtype, device, revision, remote, pickle),
         target=target,
         calibration=calibration,
         search=method,
         objective=objective,
         moves=moves,
         protect=protect,
-        tokens=tokens,
+        tokens=_tokens(tokens),
         window=window,
         bos=bos,
         split=split,
@@ -142,7 +158,8 @@ def search(
                 {"evaluations": price.evaluations, **price.work.model_dump(), "seconds": round(price.seconds, 1)}
             )
         return
-    plan = find_plan(task, run, Progress())
+    run = run or Path("runs", Path(model).name)
+    plan = find_plan(task, run, Progress(), budget)
     say(f"plan: {run / 'plan.json'} ({plan.stop_reason})")
     if as_json:
         _print_json(plan.model_dump(mode="json"))
@@ -154,7 +171,7 @@ def search(
     say(f"next: {shlex.join(prune)}")
 
 
-@verb("blockpruner prune demo --plan runs/search/plan.json --first 4 --out pruned")
+@verb("blockpruner prune demo --plan runs/demo/plan.json --first 4 --out pruned")
 def prune(
     model: Model,
     plan: Annotated[
@@ -163,13 +180,16 @@ def prune(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the model.")],
     first: Annotated[int | None, typer.Option(help="Apply only the first N steps of a nested plan.")] = None,
     form: Annotated[str | None, typer.Option(help="stock, stand-ins or zeroed, else the best that fits.")] = None,
+    zeroed: Annotated[bool, typer.Option("--zeroed", help="The same as --form zeroed: runs everywhere.")] = False,
     dtype: Dtype = "stored",
     device: Device = "cpu",
+    revision: Revision = None,
     remote: RemoteCode = False,
+    pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
     """Remove the blocks of a plan for good. Writes a checkpoint, reloads it in a fresh process and compares."""
-    from blockpruner.artifacts import check_new_folder
+    from blockpruner.artifacts import check_new_folder, read_json
     from blockpruner.checkpoint import FORMS, Form
     from blockpruner.pipeline import save_subject
     from blockpruner.plan import Plan
@@ -180,8 +200,10 @@ def prune(
     if not plan.is_file():
         raise InputError(f"{plan} is not a file", fix="give the plan.json that `blockpruner search` wrote")
     forms: dict[str, Form] = {name: name for name in FORMS}
-    taken = lookup(form, forms, "form of checkpoint") if form else None
-    subject = _open(model, dtype, device, remote)
+    asked = "zeroed" if zeroed else form
+    taken = lookup(asked, forms, "form of checkpoint") if asked else None
+    read_json(plan)  # what is no JSON at all is said before the model is loaded
+    subject = _open(model, dtype, device, revision, remote, pickle)
     chosen = Plan.read(plan, subject.anatomy.outline)
     saved = save_subject(subject, chosen, out, first=first, form=taken, source=str(plan))
     if as_json:
@@ -194,8 +216,8 @@ def prune(
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="One or more models, side by side.")],
     data: Annotated[str, typer.Option("--data", "--calibration", metavar="SOURCE", help=Source)],
-    tokens: Tokens = 16384,
-    window: Window = 2048,
+    tokens: Tokens = "16384",
+    window: Window = None,
     bos: Bos = "auto",
     split: Split = None,
     column: Column = None,
@@ -206,7 +228,9 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Also write evaluation.json there.")] = None,
+    revision: Revision = None,
     remote: RemoteCode = False,
+    pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
     """Compare models. Perplexity with standard error, bits per byte, size, cache and a greedy sample, side by side."""
@@ -214,20 +238,29 @@ def evaluate(
     from blockpruner.evaluation.quality import Evaluation, evaluate_masks, greedy_sample, load_text
     from blockpruner.tables import print_evaluation
 
-    found, records = [], []
+    found, records, sources = [], [], []
     for name in models:
-        subject = _open(name, dtype, device, remote)
+        subject = _open(name, dtype, device, revision, remote, pickle)
         text = load_text(
-            data, subject.tokenizer, tokens=tokens, window=window, bos=bos, split=split, column=column, seed=seed
+            data,
+            subject.tokenizer,
+            subject.model,
+            tokens=_tokens(tokens),
+            window=window,
+            bos=bos,
+            split=split,
+            column=column,
+            seed=seed,
         )
         (quality,) = evaluate_masks(subject.model, subject.anatomy, text, {name: frozenset()}, progress=Progress())
         sample = greedy_sample(subject.model, subject.tokenizer, prompt) if prompt else None
         found.append(quality.model_copy(update={"sample": sample}))
         records.append(text.record)
+        sources += [subject.folder] if subject.folder else []
         del subject  # before the next one is loaded
     evaluation = Evaluation.of(found, records[0])
     if run is not None:
-        with run_folder(run) as folder:
+        with run_folder(run, sources=sources) as folder:
             evaluation.save(folder / "evaluation.json")
     if as_json:
         _print_json(evaluation.model_dump(mode="json"))
@@ -236,11 +269,11 @@ def evaluate(
 
 
 @verb("blockpruner demo --run runs/demo")
-def demo(run: Run = Path("runs/demo"), dtype: Dtype = "auto") -> None:
+def demo(run: Run = None, dtype: Dtype = "auto") -> None:
     """Do the whole job on a small real model. Search, prune, save, reload, compare with random removals."""
     from blockpruner.demo import run_demo
 
-    run_demo(run, dtype)
+    run_demo(run or Path("runs/demo"), dtype)
 
 
 @verb("blockpruner list --json", name="list")
@@ -264,12 +297,23 @@ def list_methods(as_json: Json = False) -> None:
     print("Objectives (--objective): " + ", ".join(objectives))
 
 
-def _open(model: str, dtype: str, device: str, remote: bool) -> "Subject":
+def _tokens(text: str) -> int | None:
+    """A number of tokens, or None for all there are."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--tokens {text} is no number of tokens", fix="give a whole number above 0, or all")
+    return int(text)
+
+
+def _open(model: str, dtype: str, device: str, revision: str | None, remote: bool, pickle: bool) -> "Subject":
     from blockpruner.models import load
     from blockpruner.pipeline import open_subject
 
     say(f"loading {model}")
-    return open_subject(load(model, dtype=dtype, device=device, allow_remote_code=remote))
+    return open_subject(
+        load(model, dtype=dtype, device=device, revision=revision, allow_remote_code=remote, allow_pickle=pickle)
+    )
 
 
 def _print_json(value: object) -> None:

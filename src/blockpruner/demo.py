@@ -1,5 +1,7 @@
 """`blockpruner demo`: the whole job on a small real model, with random removals beside it."""
 
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from blockpruner.blocks import Mask
 from blockpruner.calibration import load_calibration
 from blockpruner.console import Progress, duration, say
 from blockpruner.driver import run
-from blockpruner.errors import CheckFailedError, InputError
+from blockpruner.errors import CheckFailedError
 from blockpruner.evaluation.quality import Evaluation, evaluate_masks
 from blockpruner.models import load
 from blockpruner.pipeline import Rehearsal, Task, find_plan, open_subject, prepare, quote, save_subject
@@ -38,8 +40,6 @@ def run_demo(folder: Path, dtype: str) -> None:
     not better than the mean of 5 random removals by 3 standard errors.
     """
     out = folder / "model"
-    if out.exists():
-        raise InputError(f"{out} already exists", fix=f"remove {folder} to run the demo again, or name another --run")
     say("loading Gemma 3 270M (Gemma terms of use apply); the first time it is unpacked, which takes a minute")
     subject = open_subject(load("demo", dtype=dtype))
     task = prepare(
@@ -60,12 +60,25 @@ def run_demo(folder: Path, dtype: str) -> None:
     evaluation.save(folder / "evaluation.json")
     print_evaluation(evaluation)
 
+    if (out / "plan.json").exists():  # of an earlier demo in this folder
+        shutil.rmtree(out)
     print_saved(save_subject(subject, plan, out), subject.identity.parameters)
     say("generating with the saved model in a new process")
     print(_generated(out))
     _check(evaluation)
-    print(f"next: blockpruner evaluate demo {out} --data builtin")
-    print(f"next: blockpruner prune demo --plan {folder / 'plan.json'} --first 3 --out smaller-cut")
+    print(f"next: {shlex.join(['blockpruner', 'evaluate', 'demo', str(out), '--data', HELD_BACK, '--tokens', '4096'])}")
+    prune = [
+        "blockpruner",
+        "prune",
+        "demo",
+        "--plan",
+        str(folder / "plan.json"),
+        "--first",
+        "3",
+        "--out",
+        "smaller-cut",
+    ]
+    print(f"next: {shlex.join(prune)}")
     print("next: blockpruner search MODEL --target params=-20% --calibration alpaca --run runs/mine")
 
 

@@ -46,6 +46,12 @@ class RunFolderError(BlockprunerError):
     exit_code = 5
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out; torch raises plain RuntimeErrors for it on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
 def missing_extra(package: str, extra: str, purpose: str) -> MachineError:
     """The error for an optional package that is not installed; says the install command."""
     return MachineError(

@@ -5,7 +5,6 @@ busy or was begun otherwise, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 
 import os
-import re
 import shlex
 import signal
 import sys
@@ -17,9 +16,8 @@ from pathlib import Path
 from types import FrameType
 
 from blockpruner.console import say
-from blockpruner.errors import BlockprunerError
+from blockpruner.errors import BlockprunerError, is_out_of_memory
 
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)  # torch raises RuntimeErrors
 _received = [signal.SIGINT]  # the last one gives the exit code; the first stands for a Ctrl-C that Python saw
 
 
@@ -39,7 +37,7 @@ def errors_said() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except Exception as error:
-        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        if is_out_of_memory(error):
             say("error: not enough memory\n  next: use a smaller --window, --dtype bfloat16, or a smaller model")
             raise SystemExit(4) from None
         from blockpruner.artifacts import write_bytes

@@ -107,12 +107,13 @@ class MaskTree:
         self.model = model
         self.layers = stack.layers
         self._extra = {"use_cache": False} if accepts(model, "use_cache") else {}
-        modules = {layer.path: model.get_submodule(layer.path) for layer in self.layers}
-        self._recorders = {
-            p: stand_in_for(modules[p], layer.through, _Recorder) for layer in self.layers for p in [layer.path]
-        }
-        self._injectors = {
-            p: stand_in_for(modules[p], layer.through, _Injector) for layer in self.layers for p in [layer.path]
+        self._recorders = self._layers_as(_Recorder)
+        self._injectors = self._layers_as(_Injector)
+
+    def _layers_as(self, kind: type[StandIn]) -> dict[str, StandIn]:
+        """A stand-in of this kind for every whole layer, by path."""
+        return {
+            layer.path: stand_in_for(self.model.get_submodule(layer.path), layer.through, kind) for layer in self.layers
         }
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ Nothing is read before the gate has looked at it, and nothing is handed out befo
 
 import hashlib
 import importlib.util
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from blockpruner import ggufs
 from blockpruner.errors import InputError, MachineError
 from blockpruner.gate import Checkpoint, check_checkpoint
+from blockpruner.plan import ModelIdentity
 from blockpruner.strict import first_line, quietly, read_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,6 +111,30 @@ def fingerprint(model: PreTrainedModel) -> str:
         step = max(1, parameter.numel() // 64)
         sample = parameter.detach().reshape(-1)[::step][:64].to("cpu", torch.bfloat16)
         digest.update(f"\n{name} {tuple(parameter.shape)} ".encode() + sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def identify(model: PreTrainedModel, name: str) -> ModelIdentity:
+    """What a plan says of the model it is for; `name` may be a path, of which the last part is kept."""
+    return ModelIdentity(
+        name=Path(name).resolve().name if Path(name).exists() else name,
+        model_type=str(model.config.model_type),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        fingerprint=fingerprint(model),
+    )
+
+
+def computation(model: PreTrainedModel) -> str:
+    """A digest (sha256, hex) of what the model computes with: its configuration, and samples of weights and buffers.
+
+    Finer than `fingerprint`: it differs between dtypes, and between settings such as the base of the rotary embedding.
+    """
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(chain(model.named_parameters(), model.named_buffers())):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].cpu()
+        digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype} {sample.tolist()}".encode())
     return digest.hexdigest()
 
 

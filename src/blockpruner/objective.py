@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from blockpruner.anatomy import Anatomy
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask
-from blockpruner.errors import InputError
+from blockpruner.errors import InputError, is_out_of_memory
 from blockpruner.masktree import MaskTree, sweep_work
 from blockpruner.metrics import token_losses
 from blockpruner.probing import accepts, first_tensor, vocabulary_size
@@ -103,9 +103,9 @@ class LossObjective:
         self._tree = MaskTree(self.model, self.anatomy)
         try:
             return self._disagreement(self.windows[-1:].to(self.model.device))
-        except torch.OutOfMemoryError:
-            raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             return f"it stops with {type(error).__name__}: {error}"
 
     @torch.no_grad()
@@ -135,6 +135,16 @@ class LossObjective:
         return ""
 
 
+def context(model: PreTrainedModel) -> int | None:
+    """The longest window the model was made for, where its configuration says it."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def usual_window(model: PreTrainedModel) -> int:
+    """The window to take when none is asked for: 2048 tokens, or the model's context if that is shorter."""
+    return min(2048, context(model) or 2048)
+
+
 def _check_fits(model: PreTrainedModel, windows: Tensor) -> None:
     """InputError if the windows hold tokens, or are of a length, that the model does not know."""
     rows = vocabulary_size(model)
@@ -143,7 +153,7 @@ def _check_fits(model: PreTrainedModel, windows: Tensor) -> None:
             f"the text has token {int(windows.max())}, and the model's vocabulary ends at {rows - 1}",
             fix="use the tokenizer that belongs to the model",
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = context(model)
     if longest is not None and windows.shape[1] > longest:
         raise InputError(
             f"windows of {windows.shape[1]} tokens are longer than the model's context of {longest}",

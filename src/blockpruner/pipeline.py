@@ -18,9 +18,9 @@ from blockpruner.calibration import Calibration, load_calibration
 from blockpruner.checkpoint import Form, Saved, save_pruned
 from blockpruner.errors import InputError
 from blockpruner.journal import Journal
-from blockpruner.models import LoadedModel, fingerprint
+from blockpruner.models import LoadedModel, computation, identify
 from blockpruner.moves import Target, format_protected, parse_protected
-from blockpruner.objective import LossObjective
+from blockpruner.objective import LossObjective, usual_window
 from blockpruner.plan import ModelIdentity, Plan
 from blockpruner.registry import format_method, lookup
 from blockpruner.searches import SEARCHES, parse_search
@@ -63,14 +63,7 @@ def subject_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, folder: Path | None = None
 ) -> Subject:
     """Prove the anatomy of a model in memory; `name` may be a path, of which the last part is kept."""
-    anatomy = read_anatomy(model)
-    identity = ModelIdentity(
-        name=Path(name).resolve().name if Path(name).exists() else name,
-        model_type=str(model.config.model_type),
-        parameters=anatomy.total_parameters,
-        fingerprint=fingerprint(model),
-    )
-    return Subject(model, tokenizer, anatomy, identity, folder)
+    return Subject(model, tokenizer, read_anatomy(model), identify(model, name), folder)
 
 
 @dataclass(frozen=True)
@@ -94,15 +87,18 @@ def prepare(
     objective: str = "loss",
     moves: str = "block",
     protect: str = "",
-    tokens: int = 16384,
-    window: int = 2048,
+    tokens: int | None = 16384,
+    window: int | None = None,
     bos: str = "auto",
     split: str | None = None,
     column: str | None = None,
     seed: int = 0,
     quiet: bool = False,
 ) -> Task:
-    """Read the words of the command line into a search that is ready to run; InputError for each that is not right."""
+    """Read the words of the command line into a search that is ready to run; InputError for each that is not right.
+
+    tokens: None takes all the text there is; window: None takes 2048, or the model's context if that is shorter.
+    """
     outline = subject.anatomy.outline
     problem = Problem(outline, moves, Target.parse(target), parse_protected(protect, outline))
     method = parse_search(search, seed=seed)
@@ -110,7 +106,7 @@ def prepare(
     data = load_calibration(
         calibration,
         subject.tokenizer,
-        window=window,
+        window=window or usual_window(subject.model),
         tokens=tokens,
         seed=seed,
         bos=bos,
@@ -154,16 +150,20 @@ def quote(task: Task) -> Price:
     return Price(result.evaluations, result.work, task.objective.seconds(result.work))
 
 
-def find_plan(task: Task, run: Path | None = None, progress: Progress | None = None) -> Plan:
+def find_plan(task: Task, run: Path | None = None, progress: Progress | None = None, budget: int | None = None) -> Plan:
     """Search, and leave journal.jsonl and plan.json in the run folder; a killed run resumes when it is called again.
 
-    Without a run folder nothing is written. Ctrl-C ends in the plan of the steps so far, whose stop_reason says so.
+    Without a run folder nothing is written. budget: evaluations at most. Ctrl-C ends in the plan of the steps so far,
+    whose stop_reason says so.
     RunFolderError when the folder is in use, or was begun with another model, data, method or version.
     """
     with ExitStack() as held:
-        folder = held.enter_context(run_folder(run)) if run else None
+        sources = [task.subject.folder] if task.subject.folder else []
+        folder = held.enter_context(run_folder(run, sources=sources)) if run else None
         journal = held.enter_context(Journal.open(folder / "journal.jsonl", _identity(task))) if folder else None
-        result = driver.run(task.search, task.problem, task.objective, journal=journal, progress=progress)
+        result = driver.run(
+            task.search, task.problem, task.objective, journal=journal, progress=progress, budget=budget
+        )
         plan = Plan.from_search(
             result,
             search=task.search,
@@ -187,6 +187,7 @@ def _identity(task: Task) -> dict[str, str]:
     data = task.calibration.record
     return {
         "model": task.subject.identity.fingerprint,
+        "computation": computation(task.subject.model),
         "calibration": f"{data.source}, {data.windows} x {data.window} tokens, BOS {data.bos}, {data.fingerprint}",
         "seed": str(task.seed),
         "search": format_method(task.search, SEARCHES),
@@ -219,7 +220,7 @@ def save_subject(
     """
     plan.check(subject.anatomy.outline, subject.identity, source)
     mask = plan.mask(first)
-    taken = plan.model_copy(update={"steps": plan.steps[:first]})
+    taken = plan if first is None else plan.cut(first)
     return save_pruned(
         subject.model,
         subject.given_tokenizer,

@@ -177,6 +177,12 @@ class Plan(Artifact):
             )
         return frozenset(block for step in self.steps[:count] for block in step.blocks)
 
+    def cut(self, first: int) -> Self:
+        """The plan of the first `first` steps; what was said of the whole search is left out."""
+        self.mask(first)
+        whole = {"stop_reason": None, "evaluations": None, "work": None}
+        return self.model_copy(update={"steps": self.steps[:first], **whole})
+
     def check(self, outline: Outline, model: ModelIdentity | None, source: str) -> None:
         """InputError, naming `source`, if the plan is for another model, or names blocks that this one lacks."""
         if self.model is not None and model is not None and self.model.fingerprint != model.fingerprint:

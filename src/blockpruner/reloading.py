@@ -1,6 +1,6 @@
 """Run as a script in a fresh process: load a checkpoint as its users will and write down the logits it gives.
 
-    python -P reloading.py CHECKPOINT AUTO_CLASS INPUTS.safetensors OUTPUTS.safetensors [remote]
+    python -P reloading.py CHECKPOINT AUTO_CLASS INPUTS.safetensors OUTPUTS.safetensors DEVICE [remote]
 
 It knows transformers only, never this package. With `remote` the file that ships beside the weights is run, as with
 `trust_remote_code=True`; without, no code of the checkpoint is. Exit 1 with the reason when tensors are missing,
@@ -15,8 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 
-def main(checkpoint: str, auto_class: str, inputs: str, outputs: str, remote: str = "") -> None:
-    given = load_file(inputs)
+def main(checkpoint: str, auto_class: str, inputs: str, outputs: str, device: str, remote: str = "") -> None:
+    given = load_file(inputs, device)
     model, info = getattr(transformers, auto_class).from_pretrained(
         checkpoint,
         dtype="auto",
@@ -28,8 +28,8 @@ def main(checkpoint: str, auto_class: str, inputs: str, outputs: str, remote: st
         if info[name]:
             sys.exit(f"{name}: {', '.join(map(str, list(info[name])[:5]))}")
     with torch.no_grad():
-        result = model.eval()(**given)
-    save_file({"logits": first_output(result).contiguous()}, outputs)
+        result = model.eval().to(device)(**given)
+    save_file({"logits": first_output(result).contiguous().cpu()}, outputs)
 
 
 def first_output(result: Mapping[str | int, torch.Tensor]) -> torch.Tensor:

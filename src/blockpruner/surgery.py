@@ -8,13 +8,15 @@ from transformers import PreTrainedModel
 from blockpruner.anatomy import Anatomy, read_anatomy
 from blockpruner.blocks import Block
 from blockpruner.errors import InputError
+from blockpruner.models import identify
 from blockpruner.plan import Plan
 from blockpruner.probing import stood_in
 from blockpruner.standin import adopt, place
 
 
-def _blocks(blocks: Plan | Iterable[Block | str]) -> list[Block]:
+def _blocks(model: PreTrainedModel, anatomy: Anatomy, blocks: Plan | Iterable[Block | str]) -> list[Block]:
     if isinstance(blocks, Plan):
+        blocks.check(anatomy.outline, identify(model, str(model.name_or_path)), "the plan")
         return sorted(blocks.mask(), key=lambda block: block.order)
     found = [block if isinstance(block, Block) else Block.parse(block) for block in blocks]
     if len(set(found)) != len(found):
@@ -28,12 +30,12 @@ def skipped(
 ) -> Iterator[PreTrainedModel]:
     """While the block runs, `model` works without `blocks`; it is always restored, also after an exception.
 
-    blocks: a plan, or blocks as such or as text (`"attention.3"`); anatomy: pass it when there is one, since reading it
-    costs a few short passes.
+    blocks: a plan for this model, or blocks as such or as text (`"attention.3"`); anatomy: pass it when there is one,
+    since reading it costs a few short passes.
     Logits, generation with any cache, gradients and hooks work as on the whole model.
     """
     anatomy = anatomy or read_anatomy(model)
-    with stood_in(model, anatomy.stand_ins(_blocks(blocks))):
+    with stood_in(model, anatomy.stand_ins(_blocks(model, anatomy, blocks))):
         yield model
 
 
@@ -46,8 +48,8 @@ def prune_(
     checkpoint that reloads with the blocks missing (after `import blockpruner`, or with `trust_remote_code=True`);
     `blockpruner.checkpoint` knows better forms. A model pruned before can be pruned further.
     """
-    found = _blocks(blocks)
     anatomy = anatomy or read_anatomy(model)
+    found = _blocks(model, anatomy, blocks)
     specs = anatomy.stand_ins(found)
     if found:
         place(model, specs)

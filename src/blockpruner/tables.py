@@ -82,7 +82,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
             quality.cache_bytes,
             _value(quality.loss),
             _value(quality.perplexity, 2),
-            f"{quality.bits_per_byte:.4f}",
+            _value(quality.bits_per_byte),
         )
         for quality in contestants
     ]
@@ -90,7 +90,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     columns = ("model", ">parameters", ">KV B/token", ">loss in nats", ">perplexity", ">bits/byte")
     protocol = f"{data.windows} windows x {data.window} tokens, BOS: {data.bos}, {dtypes}"
     table(f"{data.source}: {protocol}; ± standard error over windows", columns, rows)
-    if len({quality.text for quality in contestants}) > 1:
+    if len({quality.fingerprint for quality in contestants}) > 1:
         print("These models split the text into different tokens: compare bits per byte, not loss or perplexity.")
     for quality in contestants:
         if quality.sample is not None:

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.anatomy import Anatomy
 from blockpruner.artifacts import Artifact, Estimate, Record
-from blockpruner.blocks import Mask, format_mask
+from blockpruner.blocks import Block, Mask, format_mask
 from blockpruner.calibration import Calibration, CalibrationRecord, load_calibration
 from blockpruner.errors import CheckFailedError
-from blockpruner.objective import LossObjective
+from blockpruner.objective import LossObjective, usual_window
 from blockpruner.searching import Progress
 
 MOST_NATS = 700.0  # a mean loss above it has no perplexity in double precision
@@ -21,8 +21,9 @@ MOST_NATS = 700.0  # a mean loss above it has no perplexity in double precision
 class Quality(Record):
     """One contestant; lower = better in every number.
 
-    removed: the mask, as text; parameters: how many; cache_bytes: key/value bytes per token; dtype: computed in;
-    text: fingerprint of its windows, losses compare where it is the same.
+    removed: the blocks that are missing, as text; parameters: how many; cache_bytes: key/value bytes per token;
+    dtype: computed in;
+    fingerprint: of its windows; losses compare where it is the same.
     loss: mean next-token loss over windows; perplexity = exp(loss), its standard error exp(loss) times that of the
     loss; bits_per_byte = summed loss / (ln 2 * bytes of the predicted text), comparable between tokenizers.
     """
@@ -32,15 +33,15 @@ class Quality(Record):
     parameters: int
     cache_bytes: int
     dtype: str
-    text: str
+    fingerprint: str
     loss: Estimate
     perplexity: Estimate
-    bits_per_byte: float
+    bits_per_byte: Estimate
     sample: str | None = None
 
 
 class Evaluation(Artifact):
-    """Contestants under the same protocol. data: the windows of the first, and of all whose `text` is the same."""
+    """Contestants under one protocol. data: the windows of the first, and of all whose `fingerprint` is the same."""
 
     FORMAT: ClassVar[str] = "blockpruner.evaluation"
     VERSION: ClassVar[int] = 1
@@ -56,17 +57,19 @@ class Evaluation(Artifact):
 def load_text(
     data: str,
     tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
     *,
-    tokens: int = 16384,
-    window: int = 2048,
+    tokens: int | None = 16384,
+    window: int | None = None,
     bos: str = "auto",
     split: str | None = None,
     column: str | None = None,
     seed: int = 0,
 ) -> Calibration:
-    """The windows of `data` to evaluate on: as for calibration, but `wikitext2` means its test part here."""
+    """The windows of `data` to evaluate `model` on: as for calibration, but `wikitext2` means its test part here."""
     if split is None and data.partition("[")[0] == "wikitext2":
         split = "test"
+    window = window or usual_window(model)
     return load_calibration(
         data, tokenizer, window=window, tokens=tokens, seed=seed, bos=bos, split=split, column=column
     )
@@ -112,15 +115,34 @@ def _quality(
     predicted = data.record.window - 1
     return Quality(
         name=name,
-        removed=format_mask(mask),
+        removed=format_mask(mask | _missing(model)),
         parameters=anatomy.total_parameters - anatomy.outline.removed_parameters(mask),
         cache_bytes=sum(part.cache_bytes for block, part in anatomy.parts.items() if block not in mask),
         dtype=str(model.dtype).removeprefix("torch."),
-        text=data.record.fingerprint,
+        fingerprint=data.record.fingerprint,
         loss=loss,
         perplexity=Estimate(value=value, stderr=stderr, n=loss.n, unit="perplexity", reason=loss.reason),
-        bits_per_byte=math.fsum(losses) * predicted / (math.log(2) * data.record.bytes),
+        bits_per_byte=_bits_per_byte([loss * predicted / math.log(2) for loss in losses], data.bytes_per_window),
     )
+
+
+def _missing(model: PreTrainedModel) -> Mask:
+    """What an earlier pruning took, as the model's own configuration tells."""
+    record = getattr(model.config, "blockpruner", None) or {"removed": []}
+    return frozenset(map(Block.parse, record["removed"]))
+
+
+def _bits_per_byte(bits: Sequence[float], sizes: Sequence[int]) -> Estimate:
+    """The ratio of two sums over windows, r = sum(bits) / sum(bytes), and its standard error.
+
+    stderr(r) = sqrt(sum((bits - r * bytes)^2) / (n - 1) / n) / mean(bytes), the usual one of a ratio of means.
+    """
+    n, total = len(bits), sum(sizes)
+    ratio = math.fsum(bits) / total
+    if n == 1:
+        return Estimate(value=ratio, stderr=None, n=1, unit="bits per byte", reason="one unit has no spread")
+    spread = math.fsum((b - ratio * size) ** 2 for b, size in zip(bits, sizes, strict=True)) / (n - 1)
+    return Estimate(value=ratio, stderr=math.sqrt(spread / n) / (total / n), n=n, unit="bits per byte")
 
 
 @torch.no_grad()
