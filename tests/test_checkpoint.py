@@ -217,7 +217,7 @@ def test_a_checkpoint_that_was_changed_before_the_check_is_not_kept(monkeypatch,
 
     monkeypatch.setattr(checkpoint, "_compare", tampered)
     with pytest.raises(CheckFailedError, match=reason):
-        save("llama", removed, tmp_path / "out")
+        save("llama", removed, tmp_path / "out", form="stand-ins" if removed == SCATTERED else "stock")
     assert not any(tmp_path.iterdir())
 
 
@@ -301,9 +301,10 @@ def test_a_model_that_was_pruned_before_has_only_the_stand_in_form(tmp_path, for
 
 
 def test_where_the_stock_form_computes_something_else_stand_ins_are_taken(tmp_path, caplog):
-    model = tiny("gpt2", scale_attn_by_inverse_layer_idx=True)  # a layer that moves up computes something else
+    # A layer that moves up computes something else.
+    model = tiny("gpt2", n_embd=32, n_layer=4, n_head=4, n_positions=64, scale_attn_by_inverse_layer_idx=True)
     saved = save_pruned(model, None, read_anatomy(model), parse_mask("attention.1+mlp.1"), tmp_path / "out")
     assert saved.form == "stand-ins"
-    assert saved.difference < 1e-5
+    assert saved.difference < 1e-4
     assert "no stock form" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

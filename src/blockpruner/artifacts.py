@@ -22,7 +22,7 @@ _REFUSED_WRITES = frozenset(
     getattr(errno, f"E{name}")
     for name in (
         *("ACCES", "DQUOT", "EXIST", "FBIG", "IO", "ISDIR", "MFILE"),
-        *("NAMETOOLONG", "NFILE", "NOSPC", "NOTDIR", "PERM", "ROFS"),
+        *("NAMETOOLONG", "NFILE", "NOSPC", "NOTDIR", "NOTEMPTY", "PERM", "ROFS"),
     )
 )
 
