@@ -4,7 +4,7 @@ Masks that agree on the first layers share the states up to there. The tree is w
 time: each layer of the model is called as it is, with stand-ins for the blocks it lacks, once per distinct prefix.
 What a layer needs besides the stream (positions, masks, per-layer inputs) is recorded from the model's own forward,
 run with layers that hand the stream through; the head is reached the same way, with the final state put in.
-Greedy search over all blocks of L layers costs (1/2 + 1/(2L)) of one full pass per candidate.
+A greedy step over both blocks of L layers takes (L + 1) / (2L - 1) of the work of one full pass per candidate.
 """
 
 import contextlib
