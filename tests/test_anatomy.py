@@ -1,10 +1,11 @@
 """The anatomy of every architecture against what its modelling file says."""
 
+import copy
 from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny import FAMILIES, HIDDEN, anatomy_of, shared, tiny
+from tiny import FAMILIES, HIDDEN, anatomy_of, shared, tiny, token_ids
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from blockpruner.anatomy import read_anatomy
@@ -118,7 +119,8 @@ def test_blocks_are_where_the_modelling_file_has_them_in_the_order_they_run(fami
             (Block(kind, index), f"{base}.{module}", {f"{base}.{name}" for name in idle})
             for kind, module, idle in golden.rows
         ]
-        assert set(layer.idle) == {f"{base}.{name}" for name in golden.shared}
+        norms = [shared(family).get_submodule(f"{base}.{name}") for name in golden.shared]
+        assert layer.shared == sum(p.numel() for module in norms for p in module.parameters())
     assert [str(block) for block in anatomy.outline.blocks[:3]] == ["attention.0", "mlp.0", "attention.1"]
 
 
@@ -215,7 +217,7 @@ def test_a_layer_without_blocks_has_no_parts():
     model = prune_(FAMILIES["phi"](), ["attention.2", "mlp.2"], anatomy=anatomy_of("phi"))
     layers = read_anatomy(model).stacks[0].layers
     assert [len(layer.parts) for layer in layers] == [2, 2, 0, 2]
-    assert layers[2].idle == {}
+    assert layers[2].shared == 0
 
 
 SMALL_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
@@ -227,14 +229,49 @@ def build(auto, model_type: str, **options):
     return auto.from_config(config).eval()
 
 
-def test_an_encoder_decoder_is_refused_by_name():
-    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration has an encoder and a decoder"):
-        read_anatomy(build(AutoModelForSeq2SeqLM, "t5", **SMALL_T5))
+def test_blocks_of_an_encoder_decoder_are_named_by_stack():
+    anatomy = read_anatomy(build(AutoModelForSeq2SeqLM, "t5", **SMALL_T5))
+    assert [str(block) for block in anatomy.outline.layers()["decoder", 1]] == [
+        "decoder.attention.1",
+        "decoder.cross_attention.1",
+        "decoder.mlp.1",
+    ]
+    assert [stack.path for stack in anatomy.stacks] == ["encoder.block", "decoder.block"]
 
 
-def test_an_encoder_that_normalises_its_stream_is_refused_by_layer_and_reason():
-    with pytest.raises(UnsupportedModelError, match=r"^bert\.encoder\.layer\.0 \(BertLayer\): without attention it"):
-        read_anatomy(build(AutoModelForMaskedLM, "bert", **SMALL_ENCODER))
+def test_a_layer_that_owns_the_table_of_positions_keeps_it():
+    model = build(AutoModelForSeq2SeqLM, "t5", **SMALL_T5)
+    anatomy = read_anatomy(model)
+    assert {str(block) for block in anatomy.outline.kept} == {"encoder.attention.0", "decoder.attention.0"}
+    assert {anatomy.outline.parameters[block] for block in anatomy.outline.kept} == {0}
+    inputs = {"input_ids": token_ids(2, 16), "decoder_input_ids": token_ids(2, 12)}
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        expected.encoder.block[0].layer[0].SelfAttention.o.weight.zero_()
+        for removed in (["encoder.attention.0"], ["encoder.attention.0", "encoder.mlp.0"]):
+            if len(removed) == 2:
+                expected.encoder.block[0].layer[1].DenseReluDense.wo.weight.zero_()
+            with skipped(model, removed, anatomy=anatomy):
+                assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
+
+
+def test_norms_on_the_stream_stay_with_the_layer_and_leave_with_its_last_block():
+    model = build(AutoModelForMaskedLM, "bert", **SMALL_ENCODER)
+    anatomy, ids, zeroed = read_anatomy(model), token_ids(2, 16), copy.deepcopy(model)
+    layer = anatomy.stacks[0].layers[1]
+    assert [(part.path, sorted(part.idle)) for part in layer.parts] == [
+        ("bert.encoder.layer.1.attention.output.dense", ["bert.encoder.layer.1.attention.self"]),
+        ("bert.encoder.layer.1.output.dense", ["bert.encoder.layer.1.intermediate"]),
+    ]
+    assert (layer.identity, layer.shared) == (False, 4 * HIDDEN)
+    dense = zeroed.bert.encoder.layer[1].attention.output.dense
+    with torch.no_grad(), skipped(model, ["attention.1"], anatomy=anatomy):
+        dense.weight.zero_()
+        dense.bias.zero_()
+        assert torch.equal(model(ids).logits, zeroed(ids).logits)
+    with torch.no_grad(), skipped(model, ["attention.1", "mlp.1"], anatomy=anatomy):
+        del zeroed.bert.encoder.layer[1]
+        assert torch.equal(model(ids).logits, zeroed(ids).logits)
 
 
 def test_an_encoder_with_norms_before_its_blocks_is_proved():
@@ -245,14 +282,20 @@ def test_an_encoder_with_norms_before_its_blocks_is_proved():
 
 def test_layers_that_share_one_module_are_refused_with_what_was_seen():
     albert = build(AutoModelForMaskedLM, "albert", **SMALL_ENCODER, embedding_size=16)
-    with pytest.raises(UnsupportedModelError, match=r"no stack of layers .* \(AlbertLayerGroup x 1\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"each run once .* \(AlbertLayerGroup x 1, each called up to 4 times\)"
+    ):
         read_anatomy(albert)
 
 
-def test_layers_that_normalise_after_the_addition_are_refused():
+def test_layers_that_normalise_after_the_addition_are_not_serial():
     options = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
-    with pytest.raises(UnsupportedModelError, match=r"^model\.decoder\.layers\.0 \(OPTDecoderLayer\): no stand-ins"):
-        read_anatomy(tiny("opt", **options, num_attention_heads=4, do_layer_norm_before=False))
+    anatomy = read_anatomy(tiny("opt", **options, num_attention_heads=4, do_layer_norm_before=False))
+    assert [(part.path, list(part.idle)) for part in anatomy.stacks[0].layers[1].parts] == [
+        ("model.decoder.layers.1.self_attn", []),
+        ("model.decoder.layers.1.fc2", ["model.decoder.layers.1.fc1"]),
+    ]
+    assert not anatomy.outline.serial
 
 
 def test_compute_is_none_where_torch_cannot_count_it():

@@ -1,5 +1,6 @@
 """What reading an anatomy does with models made to deceive it, and that it leaves no trace in any model."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers.cache_utils import Cache
 from blockpruner.anatomy import read_anatomy
 from blockpruner.blocks import Block
 from blockpruner.errors import UnsupportedModelError
+from blockpruner.surgery import skipped
 
 
 def planted(layer_class: type[nn.Module], path: str = "model.layers.2"):
@@ -38,8 +40,25 @@ class Shifting(of("model.layers.0")):
 
 
 class Mixing(of("model.layers.0")):
+    by = 1
+
     def forward(self, hidden_states, **kwargs):
-        return super().forward(hidden_states, **kwargs).roll(1, dims=1)
+        return super().forward(hidden_states, **kwargs).roll(self.by, dims=1)
+
+
+class Stopping(of("model.layers.0")):
+    """Lets its stream through one of its projections."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(self.self_attn.o_proj(hidden_states), **kwargs)
+
+
+class Nameless(of("model.layers.0")):
+    """Half of its mlp is done by hand."""
+
+    def forward(self, hidden_states, **kwargs):
+        mixed = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        return mixed + self.mlp(mixed) + mixed @ self.mlp.down_proj.weight @ self.mlp.gate_proj.weight
 
 
 class HiddenBias(of("model.layers.0.mlp")):
@@ -78,10 +97,9 @@ class Listening(of("model.layers.0.self_attn")):
 @pytest.mark.parametrize(
     ("plant", "path", "reason"),
     [
-        (Scaling, "model.layers.2", "no stand-ins make the layer return its input unchanged"),
-        (Shifting, "model.layers.2", "no stand-ins make the layer return its input unchanged"),
-        (Mixing, "model.layers.2", "no stand-ins make the layer return its input unchanged"),
-        (HiddenBias, "model.layers.2.mlp", "without mlp it differs by 0.25 from the same with all weights of mlp zero"),
+        (Mixing, "model.layers.2", "with all its projections at zero it still mixes tokens"),
+        (Stopping, "model.layers.2", "no stand-ins leave what it does with its projections at zero"),
+        (Nameless, "model.layers.2", "no stand-ins leave what it does with its projections at zero"),
     ],
 )
 def test_a_layer_that_is_more_than_its_blocks_is_refused_by_name_and_reason(plant, path, reason):
@@ -90,6 +108,23 @@ def test_a_layer_that_is_more_than_its_blocks_is_refused_by_name_and_reason(plan
         read_anatomy(model)
     layer = type(model.get_submodule("model.layers.2")).__name__
     assert refused.value.what.startswith(f"model.layers.2 ({layer}): {reason}")
+
+
+@pytest.mark.parametrize("plant", [Scaling, Shifting])
+def test_what_a_layer_does_to_its_stream_stays_while_it_has_a_block(plant):
+    model = planted(plant)
+    anatomy, ids, zeroed = read_anatomy(model), torch.arange(3, 19).view(2, 8), copy.deepcopy(model)
+    assert [layer.identity for layer in anatomy.stacks[0].layers] == [True, True, False, True]
+    zeroed.model.layers[2].mlp.down_proj.weight.data.zero_()
+    with torch.no_grad(), skipped(model, ["mlp.2"], anatomy=anatomy):
+        assert torch.equal(model(ids).logits, zeroed(ids).logits)
+    with torch.no_grad(), skipped(model, ["attention.2", "mlp.2"], anatomy=anatomy):
+        del zeroed.model.layers[2]
+        assert torch.equal(model(ids).logits, zeroed(ids).logits)
+
+
+def test_of_a_module_that_adds_more_than_its_weights_give_the_rest_stays():
+    assert read_anatomy(planted(HiddenBias, "model.layers.2.mlp")).parts[Block("mlp", 2)].path.endswith("mlp.down_proj")
 
 
 class Sandwich(of("model.layers.0")):
@@ -105,18 +140,17 @@ def test_a_norm_is_idle_only_where_what_it_adds_does_not_reach_the_stream():
     model = planted(Pinned, "model.layers.2.input_layernorm")
     assert read_anatomy(model).parts[Block("attention", 2)].idle.keys() == {"model.layers.2.input_layernorm"}
     model.model.layers[2].__class__ = Sandwich
-    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.2 \(Sandwich\): "):
-        read_anatomy(model)
+    assert read_anatomy(model).parts[Block("attention", 2)].idle == {}
 
 
 def test_layers_that_look_alike_are_proved_each_by_itself():
     model = FAMILIES["llama"]()
     for layer in model.model.layers:
-        layer.__class__ = Shifting
-        layer.shift = 0.0
+        layer.__class__ = Mixing
+        layer.by = 0
     assert read_anatomy(model) == anatomy_of("llama")
-    model.model.layers[2].shift = 0.25
-    with pytest.raises(UnsupportedModelError, match=r"layers\.2 \(Shifting\): with all blocks silent it is not the id"):
+    model.model.layers[2].by = 1
+    with pytest.raises(UnsupportedModelError, match=r"layers\.2 \(Mixing\): .* it still mixes tokens"):
         read_anatomy(model)
 
 
@@ -131,12 +165,23 @@ def test_what_idles_is_proved_for_each_layer_by_itself():
         read_anatomy(model)
 
 
-def test_blocks_that_talk_past_the_stream_are_refused():
+def test_blocks_that_talk_past_the_stream_go_on_talking_when_they_are_removed():
     model = planted(Telling, "model.layers.1.self_attn")
-    read_anatomy(model)  # nobody listens
+    assert not read_anatomy(model).outline.kept, "nobody listens"
     model.model.layers[2].self_attn.__class__ = Listening
-    with pytest.raises(UnsupportedModelError, match=r"other layers use more of .*model\.layers\.1\.self_attn"):
-        read_anatomy(model)
+    anatomy = read_anatomy(model)
+    assert {str(block) for block in anatomy.outline.kept} == {"attention.1"}
+    zeroed, ids = copy.deepcopy(model), torch.arange(3, 19).view(2, 8)
+    for removed in (["attention.1"], ["attention.1", "mlp.1"], ["attention.0", "attention.1", "attention.3"]):
+        for index in (int(block[-1]) for block in removed if block.startswith("attention")):
+            zeroed.model.layers[index].self_attn.o_proj.weight.data.zero_()
+        if "mlp.1" in removed:
+            zeroed.model.layers[1].mlp.down_proj.weight.data.zero_()
+        with torch.no_grad(), skipped(model, removed, anatomy=anatomy):
+            found = model(ids).logits
+        with torch.no_grad():
+            assert torch.equal(found, zeroed(ids).logits)
+        zeroed = copy.deepcopy(model)
 
 
 def test_a_block_that_does_nothing_is_still_found():
@@ -215,8 +260,8 @@ class CacheBreaker(of("model.layers.0.self_attn")):
 @pytest.mark.parametrize(
     ("plant", "path", "error"),
     [
-        (Scaling, "model.layers.2", UnsupportedModelError),
-        (HiddenBias, "model.layers.2.mlp", UnsupportedModelError),
+        (Mixing, "model.layers.2", UnsupportedModelError),
+        (Stopping, "model.layers.2", UnsupportedModelError),
         (CacheBreaker, "model.layers.2.self_attn", LookupError),
     ],
 )

@@ -6,10 +6,11 @@ from typing import TypedDict, Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockpruner.anatomy import Anatomy, read_anatomy
+from blockpruner.anatomy import read_anatomy
 from blockpruner.blocks import Block, parse_mask
 from blockpruner.checkpoint import Form, Saved
 from blockpruner.evaluation.quality import Evaluation, evaluate_masks, load_text
+from blockpruner.parts import Anatomy
 from blockpruner.pipeline import Subject, find_plan, prepare, save_subject, subject_of
 from blockpruner.plan import Plan
 from blockpruner.searching import Progress

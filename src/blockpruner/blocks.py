@@ -102,7 +102,8 @@ class Outline:
     blocks: execution order; parameters: per block, the norms that leave with it included;
     total_parameters: of the whole model, tied weights once; serial: the stacks (by name) whose layers run
     one mixing block and then one mlp, each on its own, so that halves of two layers can make one ordinary layer;
-    shared: per (stack, layer), the parameters that leave with the last of its blocks (a norm that they share).
+    shared: per (stack, layer), the parameters that leave with the last of its blocks (a norm that they share);
+    kept: blocks whose modules stay when they are removed, since others need what they make: searches leave them alone.
     """
 
     blocks: tuple[Block, ...]
@@ -110,6 +111,7 @@ class Outline:
     total_parameters: int
     serial: frozenset[str] = frozenset()
     shared: Mapping[tuple[str, int], int] = field(default_factory=dict[tuple[str, int], int])
+    kept: frozenset[Block] = frozenset()
 
     def layers(self) -> dict[tuple[str, int], tuple[Block, ...]]:
         """The blocks of each (stack, layer), in the order they run."""

@@ -1,13 +1,15 @@
-"""Find the residual branches of a layer by intervention: silence modules until only the residual stream is left.
+"""Find the residual branches of a layer by intervention: silence modules until only its skeleton is left.
 
-No names and no architectures: the modules of a layer that turn hidden states into hidden states are candidates;
-a combination of stand-ins (zeros, or one of the module's own inputs) under which `layer(x)` equals `x` bit for bit
-silences the layer, and its smallest form names the branches. The search runs on scrambled parameters, so that a
-weight that happens to be zero or one cannot hide a branch; what it finds is proved on the real ones by `anatomy`.
+The *skeleton* of a layer is what it does when every projection in it is zero: the identity where blocks are added to an
+untouched stream, norms and scales where those stand on the stream itself. No names and no architectures: the modules of
+a layer that turn hidden states into hidden states are candidates, a stand-in for one (zeros, or one of its own inputs)
+fits if the layer then computes what it computes with the module's projections at zero, and the smallest set that leaves
+the skeleton, bit for bit, are the branches. All of this runs on scrambled parameters, so that a weight that happens
+to be zero or one cannot hide a branch; what is found is proved on the real ones by `anatomy`.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,25 +18,24 @@ from torch import Tensor, nn
 
 from blockpruner.blocks import Kind
 from blockpruner.errors import UnsupportedModelError, is_out_of_memory
-from blockpruner.probing import Call, SeenLayer, first_tensor, recorded, scrambled, stood_in, with_parameters
+from blockpruner.kinds import kind_of, named
+from blockpruner.probing import (
+    MISFIT,
+    Call,
+    SeenLayer,
+    first_tensor,
+    is_matrix,
+    nulled,
+    projections,
+    recorded,
+    scrambled,
+    stood_in,
+    with_parameters,
+)
 
 MAX_COMBINATIONS = 3000
-# What a model's own code raises when a stand-in returns something that it cannot work with.
-MISFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-_NAMED_ATTENTION = ("attn", "attention")
-_NAMED_OTHER_MIXER = (
-    "linear_att",
-    "linearatt",
-    "lightning",
-    "mamba",
-    "conv",
-    "ssm",
-    "recurrent",
-    "rwkv",
-    "deltanet",
-    "delta_net",
-    "fourier",
-)
+MAX_OUTLETS = 8
+DEPTH = 4  # levels of modules below the layer, containers not counted, that are searched
 
 Spec = dict[str, Any]
 
@@ -43,25 +44,28 @@ Spec = dict[str, Any]
 class Branch:
     """One residual branch, in paths below its layer.
 
-    kind, and whether behaviour or a class name decided it; modules: the module whose output is the branch, with its
-    stand-in; idle: modules that do nothing once this branch is gone (norms, inner projections), with theirs.
+    kind, and what decided it; modules: the module whose output is the branch, with its stand-in; outlets: names of the
+    parameters in it that at zero have the same effect (its last projections); idle: modules that do nothing once this
+    branch is gone (norms, inner projections), with their stand-ins.
     """
 
     kind: Kind
     evidence: str
     modules: Mapping[str, Spec]
+    outlets: tuple[str, ...]
     idle: Mapping[str, Spec]
 
 
 @dataclass(frozen=True)
 class Dissection:
-    """A layer taken apart: branches in the order they run, and what idles only when all of them are gone.
+    """A layer taken apart: branches in the order they run.
 
+    whole: silencing all of them leaves the skeleton, so that there is no projection besides;
     serial: one mixing branch whose result the one mlp reads, and every parameter belongs to one of the two.
     """
 
     branches: tuple[Branch, ...]
-    idle: Mapping[str, Spec]
+    whole: bool
     serial: bool
 
 
@@ -69,24 +73,33 @@ def dissect(layer: SeenLayer) -> Dissection:
     """Take one layer apart; UnsupportedModelError says which modules were tried when nothing silences it."""
     with torch.no_grad(), with_parameters(layer.module, scrambled(seed=0)):
         calls = _calls_within(layer)
-        silent = _silencing(layer, calls)
+        silent = _silencing(layer, calls, skeleton(layer)) if carries(layer) else None
+        whole = silent is not None
+        if silent is None:
+            silent = _named_branches(layer, calls)
         branches = []
-        for path in sorted(silent, key=lambda p: list(calls).index(p)):
-            others = {p: spec for p, spec in silent.items() if p != path}
-            kind, evidence = _kind(layer, path, others)
-            branches.append(Branch(kind, evidence, {path: silent[path]}, _idle(layer, calls, silent, [path])))
-        owned = {p for branch in branches for p in branch.idle}
-        rest = {p: s for p, s in _idle(layer, calls, silent, list(silent)).items() if p not in owned}
-        return Dissection(tuple(branches), rest, _is_serial(layer, branches))
+        for path in sorted(silent, key=list(calls).index):
+            kind, evidence = kind_of(layer, path, silent)
+            idle = _idle(layer, calls, silent, path)
+            branches.append(Branch(kind, evidence, {path: silent[path]}, _outlets(layer, calls, path), idle))
+        return Dissection(tuple(branches), whole, whole and _is_serial(layer, branches))
 
 
 def runs_to_stream(layer: SeenLayer, specs: Mapping[str, Spec]) -> Tensor:
     """The layer's output hidden states with `specs` in place, on the recorded call."""
     with stood_in(layer.module, specs):
-        output = first_tensor(layer.again())
-    if output is None:
-        raise UnsupportedModelError(f"{layer.path} returned no tensor", fix="report the model's type and this message")
-    return output
+        return layer.flows()
+
+
+def nulled_stream(layer: SeenLayer, names: Sequence[str]) -> Tensor:
+    """The layer's output hidden states with these parameters at zero, on the recorded call."""
+    with nulled(layer.module, names):
+        return layer.flows()
+
+
+def skeleton(layer: SeenLayer) -> Tensor:
+    """The layer's output hidden states with every projection in it at zero."""
+    return nulled_stream(layer, projections(layer.module))
 
 
 def _calls_within(layer: SeenLayer) -> dict[str, Call]:
@@ -97,23 +110,58 @@ def _calls_within(layer: SeenLayer) -> dict[str, Call]:
     return {path: made[0] for path, made in calls.items() if len(made) == 1}
 
 
-def _silencing(layer: SeenLayer, calls: Mapping[str, Call]) -> dict[str, Spec]:
-    """The smallest set of stand-ins found under which the layer is the identity."""
-    stream = layer.stream
-    if _is_identity(layer, {}):
+def _silencing(layer: SeenLayer, calls: Mapping[str, Call], target: Tensor) -> dict[str, Spec] | None:
+    """The smallest set of stand-ins found that leaves the skeleton, outermost modules first; None if there is none."""
+    if _leaves(layer, {}, target):
         return {}  # a layer whose blocks were removed before
-    for depth in range(1, 4):
-        candidates = {path: _options(calls[path], stream) for path in _candidates(layer.module, calls, stream, depth)}
-        for choice in _cheapest_first(list(candidates.values())):
-            specs = dict(zip(candidates, choice, strict=True))
-            if specs and _is_identity(layer, specs):
-                return _smallest(layer, specs)
+    tried: list[list[str]] = []
+    for depth in range(1, DEPTH + 1):
+        paths = _candidates(layer.module, calls, layer.stream, depth)
+        if paths in tried:
+            break
+        tried.append(paths)
+        fitting = {path: _fitting(layer, calls, path) for path in paths}
+        fitting = {path: specs for path, specs in fitting.items() if specs}
+        for choice in itertools.islice(itertools.product(*fitting.values()), MAX_COMBINATIONS):
+            specs = dict(zip(fitting, choice, strict=True))
+            if specs and _leaves(layer, specs, target):
+                return _smallest(layer, specs, target)
+    return None
+
+
+def _named_branches(layer: SeenLayer, calls: Mapping[str, Call]) -> dict[str, Spec]:
+    """Where the layer mixes its own stream by projections, the outermost fitting modules that names call blocks."""
+    specs: dict[str, Spec] = {}
+    blocks = [path for path, child in _children(layer.module) if named(layer.module, path) and _matrices(child)]
+    for path in blocks:
+        if fitting := _fitting(layer, calls, path) if path in calls else []:
+            specs[path] = fitting[0]
+    every = [name for path in blocks for name in projections(layer.module, path)]
+    if specs and len(specs) == len(blocks) and _leaves(layer, specs, nulled_stream(layer, every)):
+        return specs
     children = ", ".join(f"{name} ({type(child).__name__})" for name, child in layer.module.named_children())
-    raise UnsupportedModelError(
-        f"{layer.path} ({type(layer.module).__name__}): no stand-ins make the layer return its input unchanged; "
-        f"its modules: {children}",
-        fix="this layer scales or mixes its residual stream, or adds what is no module; report the model's type",
+    raise not_understood(
+        layer, f"no stand-ins leave what it does with its projections at zero; its modules: {children}"
     )
+
+
+def not_understood(layer: SeenLayer, reason: str) -> UnsupportedModelError:
+    """The refusal of a model for what one of its layers does."""
+    return UnsupportedModelError(
+        f"{layer.path} ({type(layer.module).__name__}): {reason}",
+        fix="nothing is removed that is not proved; docs/teaching.md explains this",
+    )
+
+
+def carries(layer: SeenLayer) -> bool:
+    """Whether the skeleton carries every token of the stream; UnsupportedModelError if it mixes them."""
+    place = layer.stream.shape[layer.token_axis] // 2
+    with nulled(layer.module, projections(layer.module)):
+        plain, one, every = (layer.flows(s) for s in (layer.stream, layer.turned(place), layer.stream.roll(1, dims=-1)))
+    by_token = [(plain != other).movedim(layer.token_axis, 0).flatten(1).any(1) for other in (one, every)]
+    if int(by_token[0].sum()) > int(by_token[0][place]):
+        raise not_understood(layer, "with all its projections at zero it still mixes tokens")
+    return bool(by_token[1].all())
 
 
 def _candidates(module: nn.Module, calls: Mapping[str, Call], stream: Tensor, depth: int) -> list[str]:
@@ -121,12 +169,9 @@ def _candidates(module: nn.Module, calls: Mapping[str, Call], stream: Tensor, de
     found: list[str] = []
 
     def visit(path: str, inner: nn.Module, level: int) -> None:
-        for name, child in inner.named_children():
+        for name, child in _children(inner):
             below = f"{path}.{name}" if path else name
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-                visit(below, child, level)
-                continue
-            fits = below in calls and _options(calls[below], stream) and any(p.ndim >= 2 for p in child.parameters())
+            fits = below in calls and _options(calls[below], stream) and _matrices(child)
             deeper = level < depth and any(True for _ in child.children())
             if deeper:
                 before = len(found)
@@ -140,117 +185,124 @@ def _candidates(module: nn.Module, calls: Mapping[str, Call], stream: Tensor, de
     return found
 
 
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules directly below, those in lists and dictionaries included, with their paths."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _children(child))
+        else:
+            yield name, child
+
+
+def _matrices(module: nn.Module) -> bool:
+    return any(map(is_matrix, module.parameters()))
+
+
 def _options(call: Call, stream: Tensor) -> list[Spec]:
     """Stand-ins that fit this call, the likeliest first: zeros, then each hidden-shaped input."""
-    sizes = {tuple(stream.shape), (stream.shape[0] * stream.shape[1], stream.shape[2])}
     output = first_tensor(call.output)
-    if output is None or tuple(output.shape) not in sizes or not output.is_floating_point():
+    if output is None or not output.is_floating_point() or output.ndim < 2:
         return []
-    hidden = [key for key, value in call.inputs() if isinstance(value, Tensor) and value.is_floating_point()]
-    shaped = [key for key in hidden if tuple(dict(call.inputs())[key].shape) == tuple(output.shape)]
-    leading = next((k for k in hidden if dict(call.inputs())[k].shape[:-1] == output.shape[:-1]), None)
+    # Streams may run in parallel, each one entry of a dimension or one part of the last, and a block sees one of them.
+    places, width = stream.shape[:-1].numel(), stream.shape[-1]
+    beside = places % output.shape[:-1].numel() == 0 and output.shape[-1] == width
+    within = places == output.shape[:-1].numel() and width % output.shape[-1] == 0
+    if not beside and not within:
+        return []
+    tensors = {key: v for key, v in call.inputs() if isinstance(v, Tensor) and v.is_floating_point()}
     options: list[Spec] = []
+    leading = next((key for key, v in tensors.items() if v.shape[:-1] == output.shape[:-1]), None)
+    listed = next((key for key, v in tensors.items() if v.shape[:-1].numel() == output.shape[:-1].numel()), None)
     if leading is not None:
-        options.append({"input": leading, "output": template(call.output, "zeros"), "width": output.shape[-1]})
-    options += [{"input": key, "output": template(call.output, "input")} for key in shaped]
-    return options
+        options.append({"input": leading, "output": template(call, "zeros"), "width": output.shape[-1]})
+    elif listed is not None and output.ndim == 2:  # tokens of all sequences in one list, as routed experts take them
+        options.append({"input": listed, "output": template(call, "zeros"), "width": output.shape[-1], "flat": True})
+    shaped = [key for key, v in tensors.items() if v.shape == output.shape]
+    return options + [{"input": key, "output": template(call, "input")} for key in shaped]
 
 
-def template(output: Any, first: str) -> Any:
-    """`first` in the place of the hidden states, None in every other place of the structure."""
-    if isinstance(output, Tensor):
+def template(call: Call, first: str) -> Any:
+    """`first` in the place of the hidden states, inputs that the call hands on in theirs, None in every other."""
+    if isinstance(call.output, Tensor):
         return first
-    items: list[Any] = [first, *[None] * (len(output) - 1)]
-    return {"list" if isinstance(output, list) else "tuple": items}
+    given = {id(value): key for key, value in call.inputs() if isinstance(value, (Tensor, list))}
+    rest = [{"given": given[id(item)]} if id(item) in given else None for item in call.output[1:]]
+    return {"list" if isinstance(call.output, list) else "tuple": [first, *rest]}
 
 
-def _cheapest_first(options: list[list[Spec]]) -> Iterator[tuple[Spec, ...]]:
-    """All choices of one option each, those with the fewest unlikely options first, at most MAX_COMBINATIONS."""
-    ranks = itertools.product(*(range(len(choices)) for choices in options))
-    capped = list(itertools.islice(ranks, MAX_COMBINATIONS))
-    for rank in sorted(capped, key=sum):
-        yield tuple(choices[i] for choices, i in zip(options, rank, strict=True))
+def _fitting(layer: SeenLayer, calls: Mapping[str, Call], path: str) -> list[Spec]:
+    """The stand-ins for one module under which the layer does what it does with the module's projections at zero."""
+    target = nulled_stream(layer, projections(layer.module, path))
+    return [spec for spec in _options(calls[path], layer.stream) if _leaves(layer, {path: spec}, target)]
 
 
-def _is_identity(layer: SeenLayer, specs: Mapping[str, Spec]) -> bool:
+def _leaves(layer: SeenLayer, specs: Mapping[str, Spec], target: Tensor) -> bool:
+    """Whether the layer returns `target` with these stand-ins; not if they do not fit its own arithmetic."""
     try:
-        return torch.equal(runs_to_stream(layer, specs), layer.stream)
+        return torch.equal(runs_to_stream(layer, specs), target)
     except MISFIT as error:
         if is_out_of_memory(error):
             raise
-        return False  # this combination does not fit the layer's own arithmetic
+        return False
 
 
-def _smallest(layer: SeenLayer, specs: dict[str, Spec]) -> dict[str, Spec]:
-    """Leave out, first module first, every stand-in that the identity does not need."""
+def _smallest(layer: SeenLayer, specs: dict[str, Spec], target: Tensor) -> dict[str, Spec]:
+    """Leave out, first module first, every stand-in that the skeleton does not need."""
     for path in list(specs):
         fewer = {p: s for p, s in specs.items() if p != path}
-        if fewer and _is_identity(layer, fewer):
+        if fewer and _leaves(layer, fewer, target):
             specs = fewer
     return specs
 
 
-def _idle(layer: SeenLayer, calls: Mapping[str, Call], silent: Mapping[str, Spec], gone: list[str]) -> dict[str, Spec]:
-    """Modules with parameters that change nothing any more once the branches `gone` are silent."""
-    specs = {path: silent[path] for path in gone}
+def _outlets(layer: SeenLayer, calls: Mapping[str, Call], path: str) -> tuple[str, ...]:
+    """The parameters of the last projections within a module, which at zero have the effect of all at zero.
+
+    Everything else within may have other readers.
+    """
+    everything = projections(layer.module, path)
+    target = nulled_stream(layer, everything)
+    owned: dict[str, list[str]] = {}
+    for name in everything:
+        owned.setdefault(name.rpartition(".")[0], []).append(name)
+    last = [owned[owner] for owner in reversed(list(calls)) if owner in owned]
+    for count in range(1, min(len(last), MAX_OUTLETS) + 1):
+        names = [name for group in last[:count] for name in group]
+        if torch.equal(nulled_stream(layer, names), target):
+            return tuple(names)
+    return tuple(everything)
+
+
+def _idle(layer: SeenLayer, calls: Mapping[str, Call], silent: Mapping[str, Spec], gone: str) -> dict[str, Spec]:
+    """Modules with parameters that change nothing any more once the branch `gone` is silent."""
+    specs = {gone: silent[gone]}
     truth = runs_to_stream(layer, specs)
     found: dict[str, Spec] = {}
-
-    def unchanged(more: Mapping[str, Spec]) -> bool:
-        try:
-            return torch.equal(runs_to_stream(layer, {**specs, **more}), truth)
-        except MISFIT as error:
-            if is_out_of_memory(error):
-                raise
-            return False
 
     def visit(path: str, inner: nn.Module) -> None:
         for name, child in inner.named_children():
             below = f"{path}.{name}" if path else name
             if below in silent or not any(True for _ in child.parameters()):
                 continue
-            spec = _passing(calls[below]) if below in calls else None
-            if not any(p.startswith(f"{below}.") for p in silent) and spec is not None:
-                if unchanged({**found, below: spec}):
-                    found[below] = spec
-            else:
+            ways = _passing(calls[below]) if below in calls else []
+            if not ways or any(p.startswith(f"{below}.") for p in silent):
                 visit(below, child)
+                continue
+            if fitting := [spec for spec in ways if _leaves(layer, {**specs, **found, below: spec}, truth)]:
+                found[below] = fitting[0]
 
     visit("", layer.module)
     return found
 
 
-def _passing(call: Call) -> Spec | None:
-    """A stand-in that hands its first tensor input through, in the structure of the call's output."""
+def _passing(call: Call) -> list[Spec]:
+    """Stand-ins for a module that nobody heeds: its first tensor input as it is, or zeros where the width matters."""
     key = next((k for k, v in call.inputs() if isinstance(v, Tensor)), None)
-    if key is None or first_tensor(call.output) is None:
-        return None
-    return {"input": key, "output": template(call.output, "input")}
-
-
-def _kind(layer: SeenLayer, path: str, others: Mapping[str, Spec]) -> tuple[Kind, str]:
-    """Whether the branch mixes tokens: seen when one token of the stream changes and the other branches are silent."""
-    place = layer.stream.shape[1] // 2
-    turned = layer.stream.clone()
-    turned[:, place] = turned[:, place].roll(1, dims=-1)
-    added = []
-    for stream in (layer.stream, turned):
-        with stood_in(layer.module, others):
-            output = first_tensor(layer.again(stream))
-        added.append((output - stream).float() if output is not None else stream.float())
-    moved = (added[0] - added[1]).abs().amax(dim=(0, 2))
-    moved[place] = 0
-    # Routed experts group tokens anew when one of them changes, so a channel branch may differ by rounding elsewhere.
-    rounding = 0.05 if layer.stream.dtype.itemsize < 4 else 1e-4
-    if float(moved.max()) <= rounding * float(added[0].abs().max()):
-        return "mlp", "each token for itself"
-    steps = ["", *itertools.accumulate(path.split("."), "{}.{}".format)][1:]
-    names = " ".join(f"{step} {type(layer.module.get_submodule(step)).__name__}" for step in steps).lower()
-    if any(word in names for word in _NAMED_OTHER_MIXER):
-        return "mixer", "mixes tokens; named as another mixer"
-    if any(word in names for word in _NAMED_ATTENTION):
-        return "attention", "mixes tokens; named attention"
-    return "mixer", "mixes tokens"
+    output = first_tensor(call.output)
+    if key is None or output is None:
+        return []
+    zeros = {"input": key, "output": template(call, "zeros"), "width": output.shape[-1]}
+    return [{"input": key, "output": template(call, "input")}, zeros]
 
 
 def _is_serial(layer: SeenLayer, branches: list[Branch]) -> bool:

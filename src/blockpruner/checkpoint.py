@@ -5,13 +5,11 @@ Three forms, the first that fits is taken: *stock* (what is left are whole layer
 zeros, nothing is saved, every runtime computes the pruned model).
 """
 
-import contextlib
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,14 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner import reloading
-from blockpruner.anatomy import Anatomy
 from blockpruner.artifacts import check_new_folder, new_folder
 from blockpruner.blocks import Block, Mask
 from blockpruner.errors import CheckFailedError, InputError
-from blockpruner.probing import example_inputs, with_parameters
+from blockpruner.parts import Anatomy
+from blockpruner.probing import example_inputs
 from blockpruner.repack import repacked
 from blockpruner.standin import auto_classes, unpruned
-from blockpruner.surgery import prune_, skipped
+from blockpruner.surgery import prune_, silenced
 
 Form = Literal["stock", "stand-ins", "zeroed"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -40,7 +38,7 @@ _log = logging.getLogger("blockpruner")
 class Saved:
     """What was written: the form, the parameters it has, its bytes of weights, and the largest difference of logits.
 
-    difference: max |logit(reloaded) - logit(blocks skipped in the dense model)| on 2 x 16 random tokens.
+    difference: max |logit(reloaded) - logit(dense model whose blocks add nothing)| on 2 x 16 random tokens.
     """
 
     folder: Path
@@ -80,7 +78,7 @@ def save_pruned(
     if base is not type(model) and form not in (None, "stand-ins"):
         raise InputError(f"the model was pruned before, so it has no {form} form", fix="prune the dense model instead")
     inputs = example_inputs(model, seed=1)
-    with skipped(model, mask, anatomy=anatomy):
+    with silenced(model, anatomy, mask):
         truth = _output(model, inputs)
     for number, tried in enumerate(forms := _forms(model, anatomy, mask, form)):
         try:
@@ -125,17 +123,8 @@ def _write(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, folder: Path, f
         prune_(model, mask, anatomy=anatomy)
         model.save_pretrained(folder)
         return
-    with _zeroed(model, anatomy, mask) if form == "zeroed" else repacked(model, anatomy, mask):
+    with silenced(model, anatomy, mask) if form == "zeroed" else repacked(model, anatomy, mask):
         model.save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def _zeroed(model: PreTrainedModel, anatomy: Anatomy, mask: Mask) -> Iterator[None]:
-    with contextlib.ExitStack() as undo:
-        for block in sorted(mask, key=lambda b: b.order):
-            for path in anatomy.parts[block].modules:
-                undo.enter_context(with_parameters(model.get_submodule(path), torch.zeros_like))
-        yield
 
 
 def _output(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

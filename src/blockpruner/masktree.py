@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.anatomy import Anatomy, Layer, layer_stand_ins
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask
 from blockpruner.metrics import token_losses
+from blockpruner.parts import Anatomy, Layer, layer_stand_ins
 from blockpruner.probing import Call, accepts, first_tensor, replaced, stood_in
 from blockpruner.standin import StandIn, stand_in_for
 
@@ -92,7 +92,7 @@ class _Injector(StandIn):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.state is None:
             return super().forward(*args, **kwargs)
-        return self._fill(self.spec["output"], self.state)
+        return self._fill(self.spec["output"], self.state, args, kwargs)
 
 
 class MaskTree:

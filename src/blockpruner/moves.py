@@ -2,7 +2,8 @@
 
 A *granularity* generates the moves that remain on top of a mask, in the order that settles ties. Whatever was taken
 before, every block that is in some move at the start can still be taken in the end, so the most that a granularity
-can remove is the union of its first moves. A new granularity must keep that.
+can remove is the union of its first moves. A new granularity must keep that. Blocks that others need (`Outline.kept`)
+are in no move: removing them saves nothing.
 """
 
 import itertools
@@ -21,7 +22,7 @@ Granularity = Callable[[Outline, Mask], tuple[Move, ...]]
 
 def block(outline: Outline, mask: Mask) -> tuple[Move, ...]:
     """Every block that remains, alone: all mixing blocks by layer, then all mlps (BlockPruner's tie order)."""
-    remaining = sorted((b for b in outline.blocks if b not in mask), key=lambda b: b.order)
+    remaining = sorted((b for b in outline.blocks if b not in mask | outline.kept), key=lambda b: b.order)
     return tuple(Move.of(b) for b in remaining)
 
 
@@ -37,7 +38,8 @@ def mlp(outline: Outline, mask: Mask) -> tuple[Move, ...]:
 
 def layer(outline: Outline, mask: Mask) -> tuple[Move, ...]:
     """Every layer that is still whole, all its blocks together."""
-    return tuple(Move.of(*blocks) for blocks in outline.layers().values() if mask.isdisjoint(blocks))
+    untouchable = mask | outline.kept
+    return tuple(Move.of(*blocks) for blocks in outline.layers().values() if untouchable.isdisjoint(blocks))
 
 
 def stock(outline: Outline, mask: Mask) -> tuple[Move, ...]:
@@ -53,7 +55,7 @@ def stock(outline: Outline, mask: Mask) -> tuple[Move, ...]:
         straddling += [
             Move.of(a, b)
             for a, b in itertools.pairwise(kept)
-            if a.layer != b.layer and (a.kind == "mlp") != (b.kind == "mlp")
+            if a.layer != b.layer and (a.kind == "mlp") != (b.kind == "mlp") and outline.kept.isdisjoint((a, b))
         ]
     return (*layer(outline, mask), *straddling)
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.anatomy import Anatomy
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError, is_out_of_memory
 from blockpruner.masktree import MaskTree, sweep_work
 from blockpruner.metrics import token_losses
+from blockpruner.parts import Anatomy
 from blockpruner.probing import accepts, first_tensor, vocabulary_size
 from blockpruner.surgery import skipped
 

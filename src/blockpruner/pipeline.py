@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner import driver
-from blockpruner.anatomy import Anatomy, read_anatomy
+from blockpruner.anatomy import read_anatomy
 from blockpruner.artifacts import Work, run_folder
 from blockpruner.blocks import Mask
 from blockpruner.calibration import Calibration, load_calibration
@@ -21,6 +21,7 @@ from blockpruner.journal import Journal
 from blockpruner.models import LoadedModel, computation, identify
 from blockpruner.moves import Target, format_protected, parse_protected
 from blockpruner.objective import LossObjective, usual_window
+from blockpruner.parts import Anatomy
 from blockpruner.plan import ModelIdentity, Plan
 from blockpruner.registry import format_method, lookup
 from blockpruner.searches import SEARCHES, parse_search

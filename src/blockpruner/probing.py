@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from blockpruner.errors import UnsupportedModelError
-from blockpruner.standin import replace_module, stand_in_for
+from blockpruner.errors import UnsupportedModelError, is_out_of_memory
+from blockpruner.standin import muffle, replace_module, stand_in_for
 
 Key = int | str
+# What a model's own code raises when it is given something that it cannot work with.
+MISFIT = (AttributeError, IndexError, KeyError, NameError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,23 @@ def first_tensor(output: Any) -> Tensor | None:
 
 
 def example_inputs(model: PreTrainedModel, batch: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, Tensor]:
-    """Random token ids for one forward pass of any text model; no padding, no cache."""
+    """Random token ids for one forward pass of any text model; no padding, no cache.
+
+    A decoder behind an encoder gets fewer tokens than its encoder, so that nothing mistakes the one for the other.
+    """
     vocabulary = vocabulary_size(model)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary // 8, vocabulary, (batch, tokens), generator=generator).to(model.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, : tokens - tokens // 4].flip(1)
+    return inputs
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Number of rows of the input embedding."""
-    return model.get_input_embeddings().get_parameter("weight").shape[0]
+    embedding = model.get_input_embeddings()
+    return (embedding if isinstance(embedding, Tensor) else embedding.get_parameter("weight")).shape[0]
 
 
 def accepts(model: nn.Module, name: str) -> bool:
@@ -108,8 +117,11 @@ def replaced(root: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
 
 @contextlib.contextmanager
 def stood_in(root: nn.Module, specs: Mapping[str, dict[str, Any]]) -> Iterator[None]:
-    """While the block runs, stand-ins take the place of the modules at these paths below `root`."""
-    with replaced(root, {path: stand_in_for(root.get_submodule(path), spec) for path, spec in specs.items()}):
+    """While the block runs, stand-ins take the place of the modules at these paths below `root`, or muffle them."""
+    gone = {path: stand_in_for(root.get_submodule(path), spec) for path, spec in specs.items() if not spec.get("keep")}
+    with contextlib.ExitStack() as hooks, replaced(root, gone):
+        for path in specs.keys() - gone.keys():
+            hooks.callback(muffle(root.get_submodule(path), specs[path]).remove)
         yield
 
 
@@ -120,6 +132,40 @@ def with_parameters(module: nn.Module, make: Callable[[Tensor], Tensor]) -> Iter
     try:
         for parameter, data in kept:
             parameter.data = make(data)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def is_matrix(data: Tensor) -> bool:
+    """Whether a parameter joins two dimensions: projections and tables do, norms and scales do not."""
+    return sum(size > 1 for size in data.shape) > 1
+
+
+def projections(root: nn.Module, path: str = "") -> list[str]:
+    """Names, below `root`, of the parameters of each module at or in `path` that is, or holds, a matrix.
+
+    Weights, biases, sinks; not norms and scales, for these may stand on the residual stream. Of `root` itself only its
+    own matrices.
+    """
+    found = []
+    for inner, module in root.get_submodule(path).named_modules(prefix=path):
+        holds = any(map(is_matrix, module.parameters()))
+        for name, parameter in module.named_parameters(prefix=inner, recurse=False):
+            if parameter.is_floating_point() and holds and (module is not root or is_matrix(parameter)):
+                found.append(name)
+    return found
+
+
+@contextlib.contextmanager
+def nulled(root: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """While the block runs, the parameters of these names below `root` are zero."""
+    parameters = {id(p): p for p in map(root.get_parameter, names)}  # tied ones once
+    kept = [(parameter, parameter.data) for parameter in parameters.values()]
+    try:
+        for parameter, data in kept:
+            parameter.data = zeroed(data)
         yield
     finally:
         for parameter, data in kept:
@@ -178,29 +224,56 @@ def cache_writes(watched: Mapping[str, nn.Module]) -> Iterator[dict[str, list[in
             handle.remove()
 
 
+def turned(values: Tensor, axis: int, place: int) -> Tensor:
+    """A copy of `values` whose vectors at `place` along `axis` are turned round by one entry."""
+    values = values.clone()
+    view = values.select(axis, place)
+    view.copy_(view.roll(1, dims=-1))
+    return values
+
+
 @dataclass(frozen=True)
 class SeenLayer:
-    """One element of a layer stack as it was called; `hidden` is the input that carries the residual stream."""
+    """One element of a layer stack as it was called.
+
+    hidden: the input that carries the residual stream; token_axis: the dimension of the stream that counts tokens.
+    """
 
     path: str
     module: nn.Module
     call: Call
     hidden: Key
+    token_axis: int
 
     @property
     def stream(self) -> Tensor:
         return dict(self.call.inputs())[self.hidden]
 
-    def again(self, stream: Tensor | None = None) -> Any:
+    def turned(self, place: int) -> Tensor:
+        """The stream with the token at `place` changed."""
+        return turned(self.stream, self.token_axis, place)
+
+    def again(self, stream: Tensor | None = None, changed: Mapping[Key, Any] | None = None) -> Any:
         """Call the layer as it was called, with a copy of its stream or of `stream`: some layers work in place."""
-        return self.call.again(self.module, {self.hidden: (self.stream if stream is None else stream).clone()})
+        stream = self.stream if stream is None else stream
+        return self.call.again(self.module, {**(changed or {}), self.hidden: stream.clone()})
+
+    def flows(self, stream: Tensor | None = None, changed: Mapping[Key, Any] | None = None) -> Tensor:
+        """The stream that `again` returns."""
+        output = first_tensor(self.again(stream, changed))
+        if output is None:
+            raise UnsupportedModelError(
+                f"{self.path} returned no tensor", fix="report the model's type and this message"
+            )
+        return output
 
 
 def find_stacks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, list[SeenLayer]]:
     """The layer stacks that one forward pass runs through, by the path of their nn.ModuleList.
 
-    A stack is an outermost list whose elements were each called once and map one of their inputs, a float tensor
-    [batch, tokens, hidden], to a tensor of the same shape. UnsupportedModelError, saying what was seen, if none is.
+    A stack is an outermost list whose elements were each called once and map one of their inputs, a float tensor with a
+    dimension of tokens and a last one of hidden states, to a tensor of the same shape.
+    UnsupportedModelError, saying what was seen, if none is.
     """
     lists = {
         path: module
@@ -209,38 +282,61 @@ def find_stacks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[st
     }
     elements = {f"{path}.{i}": element for path, found in lists.items() for i, element in enumerate(found)}
     extra: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
-    with torch.no_grad(), recorded(elements) as calls:
-        model(**inputs, **extra)
-    batch, tokens = inputs["input_ids"].shape
+    try:
+        with torch.no_grad(), recorded(elements) as calls:
+            model(**inputs, **extra)
+    except MISFIT as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(model).__name__} does not run on a few random tokens ({type(error).__name__}: {error})"
+        raise UnsupportedModelError(reason, fix="a model that needs more than text cannot be read yet") from error
+    batch = inputs["input_ids"].shape[0]
+    tokens = {inputs[name].shape[1] for name in ("input_ids", "decoder_input_ids") if name in inputs}
     stacks: dict[str, list[SeenLayer]] = {}
     for path, found in lists.items():
         if any(path.startswith(f"{outer}.") for outer in stacks):
             continue
-        layers = [_seen(f"{path}.{i}", element, calls, (batch, tokens)) for i, element in enumerate(found)]
-        if layers and all(layers):
+        layers = [_seen(f"{path}.{i}", element, calls, batch, tokens) for i, element in enumerate(found)]
+        if layers and all(layers) and any(list(element.children()) for element in found):
             stacks[path] = [layer for layer in layers if layer]
     if not stacks:
-        listed = (
-            ", ".join(f"{path} ({type(found[0]).__name__} x {len(found)})" for path, found in lists.items()) or "none"
+        times = {
+            path: max(len(calls.get(f"{path}.{i}", ())) for i in range(len(found))) for path, found in lists.items()
+        }
+        listed = ", ".join(
+            f"{path} ({type(found[0]).__name__} x {len(found)}, each called up to {times[path]} times)"
+            for path, found in lists.items()
         )
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no stack of layers that each map hidden states to the same shape; "
-            f"module lists: {listed}",
+            f"{type(model).__name__}: no stack of layers that each run once and map hidden states to the same shape; "
+            f"module lists: {listed or 'none'}",
             fix="report the model's type and this message",
         )
     return stacks
 
 
 def _seen(
-    path: str, module: nn.Module, calls: Mapping[str, Sequence[Call]], shape: tuple[int, int]
+    path: str, module: nn.Module, calls: Mapping[str, Sequence[Call]], batch: int, tokens: set[int]
 ) -> SeenLayer | None:
     made = calls.get(path, ())
     if len(made) != 1:
         return None
     output = first_tensor(made[0].output)
-    if output is None or output.ndim != 3 or tuple(output.shape[:2]) != shape or not output.is_floating_point():
+    if output is None or output.ndim < 3 or not output.is_floating_point():
+        return None
+    axis = _token_axis(output.shape[:-1], batch, tokens)
+    if axis is None:
         return None
     for key, value in made[0].inputs():
         if isinstance(value, Tensor) and value.shape == output.shape and value.is_floating_point():
-            return SeenLayer(path, module, made[0], key)
+            return SeenLayer(path, module, made[0], key, axis)
     return None
+
+
+def _token_axis(shape: torch.Size, batch: int, tokens: set[int]) -> int | None:
+    """Which dimension counts tokens: one of their number, or the one beside the batch (a prompt may be added)."""
+    if batch not in shape:
+        return None
+    place = shape.index(batch)
+    beside = place + 1 if place + 1 < len(shape) else place - 1
+    return next((axis for axis, size in enumerate(shape) if size in tokens), beside)

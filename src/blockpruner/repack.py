@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from blockpruner.anatomy import Anatomy, Layer, Stack
 from blockpruner.blocks import Mask
+from blockpruner.parts import Anatomy, Layer, Stack
 from blockpruner.probing import replaced
 
 

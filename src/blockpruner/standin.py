@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 from transformers.models.auto import configuration_auto, modeling_auto
@@ -36,9 +37,11 @@ _REFUSAL = "blocks are missing here: use an Auto class, with `import blockpruner
 class StandIn(nn.Module):
     """Returns zeros or an input, in the structure the removed module returned; `spec` is plain JSON.
 
-    spec["output"]: "zeros", "input", None, {"tuple": [...]} or {"list": [...]} of these;
+    spec["output"]: "zeros", "input", {"given": key} (another input, handed on), None, {"tuple": [...]} or
+    {"list": [...]} of these;
     spec["input"]: position or name of the input that gives shape, dtype and device, and is what "input" returns;
-    spec["width"]: last dimension of the zeros; spec["cache"]: the cache slots that the module wrote.
+    spec["width"]: last dimension of the zeros; spec["flat"]: they are a list of the tokens of all sequences;
+    spec["cache"]: the cache slots that the module wrote.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -50,17 +53,20 @@ class StandIn(nn.Module):
         hidden = args[key] if isinstance(key, int) else kwargs[key]
         for index in self.spec.get("cache", ()):
             _write_ghost((*args, *kwargs.values()), index, hidden, kwargs.get("cache_position"))
-        return self._fill(self.spec["output"], hidden)
+        return self._fill(self.spec["output"], hidden, args, kwargs)
 
-    def _fill(self, template: Any, hidden: Tensor) -> Any:
+    def _fill(self, template: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if template == "zeros":
-            return hidden.new_zeros((*hidden.shape[:-1], self.spec.get("width") or hidden.shape[-1]))
+            shape = (hidden.shape[:-1].numel(),) if self.spec.get("flat") else hidden.shape[:-1]
+            return hidden.new_zeros((*shape, self.spec.get("width") or hidden.shape[-1]))
         if template == "input":
             return hidden
         if template is None:
             return None
         ((container, items),) = template.items()
-        filled = [self._fill(item, hidden) for item in items]
+        if container == "given":
+            return dict(enumerate(args), **kwargs).get(items)
+        filled = [self._fill(item, hidden, args, kwargs) for item in items]
         return tuple(filled) if container == "tuple" else filled
 
     def extra_repr(self) -> str:
@@ -121,9 +127,24 @@ def stand_in_for(old: nn.Module, spec: dict[str, Any], of: type[StandIn] = Stand
     return new
 
 
+def muffle(module: nn.Module, spec: dict[str, Any]) -> RemovableHandle:
+    """Have `module` stay and work for whoever reads what else it makes, but return zeros or its input."""
+    return module.register_forward_hook(functools.partial(_muffled, spec), with_kwargs=True)
+
+
+def _muffled(spec: dict[str, Any], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    main = spec["output"] if isinstance(spec["output"], str) else next(iter(spec["output"].values()))[0]
+    first = output if isinstance(output, Tensor) else output[0]
+    silent = torch.zeros_like(first) if main == "zeros" else dict(enumerate(args), **kwargs)[spec["input"]]
+    return silent if isinstance(output, Tensor) else type(output)([silent, *output[1:]])
+
+
 def place(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
-    """Put a stand-in at every path of `modules` (path -> spec), for good."""
+    """Put a stand-in at every path of `modules` (path -> spec), for good; spec["keep"]: the module stays, muffled."""
     for path, spec in modules.items():
+        if spec.get("keep"):
+            muffle(model.get_submodule(path), spec)
+            continue
         replace_module(model, path, stand_in_for(model.get_submodule(path), spec))
 
 
@@ -140,11 +161,14 @@ def adopt(model: PreTrainedModel, removed: list[str], modules: dict[str, dict[st
     """
     config, base_config = copy.copy(model.config), unpruned(type(model.config))
     earlier = getattr(config, MODEL_TYPE, None) or {"removed": [], "modules": {}}
+    still = {
+        path: spec for path, spec in earlier["modules"].items() if not any(path.startswith(f"{p}.") for p in modules)
+    }
     record = {
         "format_version": FORMAT_VERSION,
         "base_model_type": base_config.model_type,
         "removed": [*earlier["removed"], *removed],
-        "modules": {**earlier["modules"], **modules},
+        "modules": {**still, **modules},
     }
     config.__class__ = pruned_config_class(base_config)
     setattr(config, MODEL_TYPE, record)

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedModel
 
-from blockpruner.anatomy import Anatomy, read_anatomy
-from blockpruner.blocks import Block
+from blockpruner.anatomy import read_anatomy
+from blockpruner.blocks import Block, Mask
 from blockpruner.errors import InputError
 from blockpruner.models import identify
+from blockpruner.parts import Anatomy, Spec
 from blockpruner.plan import Plan
-from blockpruner.probing import stood_in
+from blockpruner.probing import nulled, stood_in
 from blockpruner.standin import adopt, place
 
 
@@ -37,6 +38,25 @@ def skipped(
     anatomy = anatomy or read_anatomy(model)
     with stood_in(model, anatomy.stand_ins(_blocks(model, anatomy, blocks))):
         yield model
+
+
+@contextlib.contextmanager
+def silenced(model: PreTrainedModel, anatomy: Anatomy, mask: Mask) -> Iterator[None]:
+    """While the block runs, the blocks of `mask` are in place and add nothing: the slow truth that removal must equal.
+
+    The last projections of a block are zero; a layer without blocks runs, and returns its input.
+    """
+    outlets: list[str] = []
+    muffled: dict[str, Spec] = {}
+    for stack in anatomy.stacks:
+        for layer in stack.layers:
+            gone = [part for part in layer.parts if part.block in mask]
+            if gone and len(gone) == len(layer.parts) and not layer.identity:
+                muffled[layer.path] = {**layer.through, "keep": True}
+            else:
+                outlets += [name for part in gone for name in part.outlets]
+    with nulled(model, outlets), stood_in(model, muffled):
+        yield
 
 
 def prune_(

@@ -53,7 +53,7 @@ def print_anatomy(subject: Subject) -> None:
     table(f"{identity.name}: {identity.model_type}, {identity.parameters:,} parameters", columns, rows)
     print(f"{len(parts)} blocks, all proved: without its blocks every layer is the identity, and removing a block")
     print("equals setting its weights to zero, bit for bit.")
-    cache = sum(part.cache_bytes for part in parts)
+    cache = subject.anatomy.cache_bytes()
     print(f"Key/value cache: {cache:,} bytes per token in {subject.dtype}. Compute: share of a 16-token forward pass.")
     for stack in subject.anatomy.stacks:
         if stack.serial:

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockpruner.anatomy import Anatomy
 from blockpruner.artifacts import Artifact, Estimate, Record
 from blockpruner.blocks import Block, Mask, format_mask
 from blockpruner.calibration import Calibration, CalibrationRecord, load_calibration
 from blockpruner.errors import CheckFailedError
 from blockpruner.objective import LossObjective, usual_window
+from blockpruner.parts import Anatomy
 from blockpruner.searching import Progress
 
 MOST_NATS = 700.0  # a mean loss above it has no perplexity in double precision
@@ -117,7 +117,7 @@ def _quality(
         name=name,
         removed=format_mask(mask | _missing(model)),
         parameters=anatomy.total_parameters - anatomy.outline.removed_parameters(mask),
-        cache_bytes=sum(part.cache_bytes for block, part in anatomy.parts.items() if block not in mask),
+        cache_bytes=anatomy.cache_bytes(mask),
         dtype=str(model.dtype).removeprefix("torch."),
         fingerprint=data.record.fingerprint,
         loss=loss,

@@ -1,0 +1,195 @@
+"""What the modules of a model write to its cache, seen in one pass that fills one.
+
+A stand-in has to make the same writes (`standin`): transformers reads lengths and masks from one representative slot,
+and whether there is a past from one representative state, whichever module was to write them.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from blockpruner.errors import UnsupportedModelError, is_out_of_memory
+from blockpruner.probing import MISFIT, accepts
+
+Kind = Literal["keys", "cross", "state"]
+
+
+@dataclass(frozen=True)
+class Write:
+    """One place of a cache that a module wrote to.
+
+    kind: `keys`, with their values, of the tokens the module was given; `cross`, those of the encoder's tokens; `state`,
+    of a size that does not grow: a convolution's, a recurrence's. slot: the layer of the cache; state: which of the
+    slot's states; token_axis: the dimension of the module's hidden states that counts tokens, 0 or 1;
+    size: bytes per token and sequence, of a state per sequence.
+    """
+
+    kind: Kind
+    slot: int
+    state: int
+    token_axis: int
+    size: int
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """The writes of each watched module by its path; a module that wrote nothing has no entry."""
+
+    writes: Mapping[str, tuple[Write, ...]]
+
+    @property
+    def bytes_per_token(self) -> dict[str, int]:
+        """Key and value bytes per token and sequence that each module wrote; those of an encoder's tokens not counted."""
+        return {path: sum(w.size for w in made if w.kind == "keys") for path, made in self.writes.items()}
+
+    def spec(self, paths: Iterable[str]) -> dict[str, Any]:
+        """What one stand-in for all of these modules writes: the keys `cache`, `states` and `token_axis` of its spec.
+
+        Keys of the encoder's tokens are not among it: whoever reads them reads its own.
+        """
+        made = [write for path in paths for write in self.writes.get(path, ())]
+        slots = sorted({write.slot for write in made if write.kind == "keys"})
+        states = sorted({(write.slot, write.state) for write in made if write.kind == "state"})
+        spec: dict[str, Any] = {"cache": slots} if slots else {}
+        if states:
+            spec["states"] = [list(state) for state in states]
+        if any(write.token_axis == 0 for write in made):
+            spec["token_axis"] = 0
+        return spec
+
+
+def cache_use(model: PreTrainedModel, watched: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> CacheUse:
+    """What each of `watched`, with all inside it, writes while `model` reads `inputs` into a cache of its own making.
+
+    inputs: not as many sequences as tokens. Cost: one forward pass. UnsupportedModelError if a module writes keys of
+    other tokens than those it was given.
+    """
+    if not accepts(model, "use_cache"):
+        return CacheUse({})
+    with torch.no_grad(), cache_writes(watched) as writes:
+        model(**inputs, use_cache=True)
+        if not writes and model.can_generate():
+            # In older transformers some hybrid models fill only the cache that their own `generate` makes.
+            _generate_one(model, inputs)
+    return CacheUse({path: tuple(made.values()) for path, made in writes.items()})
+
+
+def _generate_one(model: Any, inputs: Mapping[str, Tensor]) -> None:
+    try:
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    except MISFIT as error:  # what cannot generate has no cached generation to be kept
+        if is_out_of_memory(error):
+            raise
+
+
+class _Recorder:
+    """Notes who is at work when something is written; of a cache of the model's own kind, what changed meanwhile."""
+
+    def __init__(self) -> None:
+        self.writes: dict[str, dict[tuple[Kind, int, int], Write]] = {}
+        self.running: list[_Running] = []
+        self.of_encoder: set[int] = set()
+
+    def enter(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (*args, *kwargs.values())
+        self.of_encoder |= {id(c.cross_attention_cache) for c in given if isinstance(c, EncoderDecoderCache)}
+        shapes = tuple(tuple(value.shape) for value in given if isinstance(value, Tensor))
+        own = tuple((value, _held(value)) for value in given if _is_own_kind(value))
+        self.running.append(_Running(name, shapes, own))
+
+    def leave(self, *_: Any) -> None:
+        module = self.running.pop()
+        for cache, before in module.own:
+            for (name, slot), mark in _held(cache).items():
+                if mark == before.get((name, slot)):
+                    continue
+                held = [vars(cache)[name][slot]]
+                if name == "key_cache":
+                    self.note(module, "keys", slot, 0, [*held, cache.value_cache[slot]])
+                else:
+                    self.note(module, "state", slot, 0, held)
+
+    def wrote(self, method: str, cache: Cache, given: Mapping[str, Any]) -> None:
+        tensors = [value for value in given.values() if isinstance(value, Tensor)]
+        kind: Kind = "state" if method != "update" else "cross" if id(cache) in self.of_encoder else "keys"
+        for module in self.running:
+            self.note(module, kind, given["layer_idx"], given.get("state_idx", 0), tensors)
+
+    def note(self, module: _Running, kind: Kind, slot: int, state: int, tensors: list[Tensor]) -> None:
+        """Note tensors of [sequences, heads, tokens, width], or of [sequences, ...] for a state."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) // tensors[0].shape[0]
+        if kind != "state":
+            size //= tensors[0].shape[-2]
+        axis = module.token_axis(tensors[0]) if kind == "keys" else 1
+        made = self.writes.setdefault(module.name, {})
+        before = made.get((kind, slot, state), Write(kind, slot, state, axis, 0))
+        made[kind, slot, state] = replace(before, size=before.size + size)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A module at work: its name, the shapes it was given, and the caches of the model's own kind as they were."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    own: tuple[tuple[Any, Mapping[tuple[str, int], Any]], ...]
+
+    def token_axis(self, keys: Tensor) -> int:
+        tokens = (keys.shape[0], keys.shape[-2])
+        for shape in self.shapes:
+            if shape[:2] in (tokens, tokens[::-1]) and len(shape) > 2:
+                return 1 if shape[:2] == tokens else 0
+        raise UnsupportedModelError(
+            f"{self.name} writes keys of {tokens[0]} x {tokens[1]} tokens to its cache, but was given {self.shapes}",
+            fix="nothing is removed whose place in the cache cannot be kept; report the model's type and this message",
+        )
+
+
+@contextlib.contextmanager
+def cache_writes(watched: Mapping[str, nn.Module]) -> Iterator[dict[str, dict[tuple[Kind, int, int], Write]]]:
+    """While the block runs, collect by name what is written to caches while each of these modules is at work."""
+    recorder = _Recorder()
+    with contextlib.ExitStack() as undo:
+        for name, module in watched.items():
+            enter = functools.partial(recorder.enter, name)
+            undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(recorder.leave).remove)
+        for method in ("update", "update_conv_state", "update_recurrent_state"):
+            if original := vars(Cache).get(method):  # the one place every cache class of transformers passes through
+                undo.callback(setattr, Cache, method, original)
+                setattr(Cache, method, _spied(original, functools.partial(recorder.wrote, method)))
+        yield recorder.writes
+
+
+def _spied(original: Callable[..., Any], wrote: Callable[[Cache, Mapping[str, Any]], None]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def method(self: Cache, *args: Any, **kwargs: Any) -> Any:
+        wrote(self, signature.bind(self, *args, **kwargs).arguments)
+        return original(self, *args, **kwargs)
+
+    return method
+
+
+def _is_own_kind(value: Any) -> bool:
+    """Whether this is a cache of a class of the model's own, as hybrid models of older transformers have."""
+    return hasattr(value, "get_seq_length") and not isinstance(value, (Cache, EncoderDecoderCache))
+
+
+def _held(cache: Any) -> dict[tuple[str, int], tuple[int, int] | None]:
+    """What each place of each list in `cache` holds, values apart: tensors by identity and number of changes."""
+    held = {}
+    for name, places in vars(cache).items():
+        if isinstance(places, (list, dict)) and name != "value_cache":
+            for slot, tensor in enumerate(places) if isinstance(places, list) else places.items():
+                held[name, slot] = (id(tensor), tensor._version) if isinstance(tensor, Tensor) else None
+    return held
