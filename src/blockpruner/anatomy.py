@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from blockpruner.blocks import Block
 from blockpruner.branches import (
@@ -25,13 +25,12 @@ from blockpruner.branches import (
     dissect,
     template,
 )
+from blockpruner.caches import CacheUse, cache_use
 from blockpruner.errors import UnsupportedModelError
 from blockpruner.parts import Anatomy, Layer, Part, Stack
 from blockpruner.probing import (
     MISFIT,
     SeenLayer,
-    accepts,
-    cache_writes,
     evaluating,
     example_inputs,
     find_stacks,
@@ -54,12 +53,13 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
 def _read(model: PreTrainedModel) -> Anatomy:
     inputs = example_inputs(model)
     seen = find_stacks(model, inputs)
+    use = cache_use(model, _within(layer for layers in seen.values() for layer in layers), inputs)
     stacks: list[Stack] = []
     left: dict[str, UnsupportedModelError] = {}
     for path, layers in seen.items():
         name = _stack_name(path, list(seen)) if len(seen) > 1 or model.config.is_encoder_decoder else ""
         try:
-            stacks.append(_stack(model, name, path, layers))
+            stacks.append(_stack(model, name, path, layers, use))
         except UnsupportedModelError as error:
             left[path] = error
     if not stacks:
@@ -67,9 +67,8 @@ def _read(model: PreTrainedModel) -> Anatomy:
     for error in left.values():
         _log.warning("left alone: %s", error.what)
     layers = proved(model, [layer for stack in stacks for layer in stack.layers], inputs)
-    writes, cache_bytes = _cache_use(model, layers, inputs)
     flops = _compute(model, inputs)
-    made = iter(_finished(layer, writes, cache_bytes, flops) for layer in layers)
+    made = iter(_finished(layer, use, flops) for layer in layers)
     finished = tuple(replace(stack, layers=tuple(itertools.islice(made, len(stack.layers)))) for stack in stacks)
     reasons = {path: error.what for path, error in left.items()}
     return Anatomy(finished, sum(p.numel() for p in model.parameters()), reasons)
@@ -91,11 +90,16 @@ def _stack_name(path: str, paths: list[str]) -> str:
     return "" if len(paths) == 1 else path.replace(".", "_")
 
 
-def _stack(model: nn.Module, name: str, path: str, layers: list[SeenLayer]) -> Stack:
+def _within(layers: Iterable[SeenLayer]) -> dict[str, nn.Module]:
+    """All modules of these layers by path, the layers too."""
+    return {path: module for layer in layers for path, module in layer.module.named_modules(prefix=layer.path)}
+
+
+def _stack(model: nn.Module, name: str, path: str, layers: list[SeenLayer], use: CacheUse) -> Stack:
     known: dict[tuple[Any, ...], Dissection] = {}
     for layer in layers:
         if (structure := _structure(layer.module)) not in known:
-            known[structure] = dissect(layer)
+            known[structure] = dissect(layer, use)
     dissections = [known[_structure(layer.module)] for layer in layers]
     made = []
     for index, (layer, dissection) in enumerate(zip(layers, dissections, strict=True)):
@@ -128,25 +132,6 @@ def _count(model: nn.Module, paths: Iterable[str]) -> int:
     return sum({id(p): p.numel() for p in here if found[id(p)] == everywhere[id(p)]}.values())
 
 
-def _cache_use(
-    model: PreTrainedModel, layers: Iterable[Layer], inputs: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, list[int]], dict[int, int]]:
-    """Which module writes which cache slots, and the key/value bytes per token of each slot; empty without a cache."""
-    if not accepts(model, "past_key_values"):
-        return {}, {}
-    paths = [p for layer in layers for part in layer.parts for p in (layer.path, *part.modules, *part.idle)]
-    watched = {path: model.get_submodule(path) for path in paths}
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    with cache_writes(watched) as writes:
-        model(**inputs, past_key_values=cache, use_cache=True)
-    held = {i: [getattr(slot, name, None) for name in ("keys", "values")] for i, slot in enumerate(cache.layers)}
-    sizes = {
-        i: sum(t.shape[1] * t.shape[3] * t.element_size() for t in pair if isinstance(t, torch.Tensor) and t.ndim == 4)
-        for i, pair in held.items()
-    }
-    return writes, sizes
-
-
 def _compute(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
     """Share of the multiply-adds of one short forward pass, by module path; empty where torch cannot count them."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
@@ -165,26 +150,22 @@ def _grouped_flops(a_shape: Any, b_shape: Any, *_: Any, out_shape: Any = None, *
     return 2 * a_shape[-2] * a_shape[-1] * b_shape[-1]
 
 
-def _finished(
-    layer: Layer, writes: Mapping[str, list[int]], cache_bytes: Mapping[int, int], flops: Mapping[str, float]
-) -> Layer:
-    """The layer with what the whole model's passes showed: cache slots in the stand-ins, shares, bytes."""
+def _finished(layer: Layer, use: CacheUse, flops: Mapping[str, float]) -> Layer:
+    """The layer with what the whole model's passes showed: what to write to a cache, bytes, shares of compute."""
 
-    def with_slots(specs: Mapping[str, Spec]) -> dict[str, Spec]:
-        return {path: {**spec, "cache": writes[path]} if path in writes else spec for path, spec in specs.items()}
+    def writing(specs: Mapping[str, Spec]) -> dict[str, Spec]:
+        return {path: {**spec, **use.spec([path])} for path, spec in specs.items()}
 
     def part_of(part: Part) -> Part:
         paths = [*part.modules, *part.idle]
-        slots = {slot for path in paths for slot in writes.get(path, ())}
-        held = sum(cache_bytes.get(slot, 0) for slot in slots)
+        held = sum(w.size for path in paths for w in use.writes.get(path, ()) if w.kind != "state")
         if part.kept:
             return replace(part, parameters=0, compute=0.0 if flops else None, cache_bytes=held)
         share = sum(flops.get(path, 0.0) for path in paths) if flops else None
-        idle = with_slots(part.idle)
-        return replace(part, modules=with_slots(part.modules), idle=idle, compute=share, cache_bytes=held)
+        idle = writing(part.idle)
+        return replace(part, modules=writing(part.modules), idle=idle, compute=share, cache_bytes=held)
 
-    paths = [layer.path, *(path for part in layer.parts for path in (*part.modules, *part.idle))]
-    slots = sorted({slot for path in paths for slot in writes.get(path, ())})
-    through = {**layer.through, "cache": slots} if slots and not layer.through.get("keep") else layer.through
-    shared = 0 if layer.through.get("keep") else layer.shared
-    return replace(layer, through=through, shared=shared, parts=tuple(map(part_of, layer.parts)))
+    if layer.through.get("keep"):
+        return replace(layer, shared=0, parts=tuple(map(part_of, layer.parts)))
+    through = {**layer.through, **use.spec([layer.path])}
+    return replace(layer, through=through, parts=tuple(map(part_of, layer.parts)))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from blockpruner.blocks import Kind
+from blockpruner.caches import CacheUse
 from blockpruner.errors import UnsupportedModelError, is_out_of_memory
 from blockpruner.kinds import kind_of, named
 from blockpruner.probing import (
@@ -69,7 +70,7 @@ class Dissection:
     serial: bool
 
 
-def dissect(layer: SeenLayer) -> Dissection:
+def dissect(layer: SeenLayer, use: CacheUse) -> Dissection:
     """Take one layer apart; UnsupportedModelError says which modules were tried when nothing silences it."""
     with torch.no_grad(), with_parameters(layer.module, scrambled(seed=0)):
         calls = _calls_within(layer)
@@ -79,7 +80,7 @@ def dissect(layer: SeenLayer) -> Dissection:
             silent = _named_branches(layer, calls)
         branches = []
         for path in sorted(silent, key=list(calls).index):
-            kind, evidence = kind_of(layer, path, silent)
+            kind, evidence = kind_of(layer, path, silent, use)
             idle = _idle(layer, calls, silent, path)
             branches.append(Branch(kind, evidence, {path: silent[path]}, _outlets(layer, calls, path), idle))
         return Dissection(tuple(branches), whole, whole and _is_serial(layer, branches))

@@ -7,7 +7,7 @@ and whether there is a past from one representative state, whichever module was 
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from blockpruner.errors import UnsupportedModelError, is_out_of_memory
-from blockpruner.probing import MISFIT, accepts
+from blockpruner.probing import MISFIT, Key, accepts
 
 Kind = Literal["keys", "cross", "state"]
 
@@ -26,9 +26,9 @@ Kind = Literal["keys", "cross", "state"]
 class Write:
     """One place of a cache that a module wrote to.
 
-    kind: `keys`, with their values, of the tokens the module was given; `cross`, those of the encoder's tokens; `state`,
-    of a size that does not grow: a convolution's, a recurrence's. slot: the layer of the cache; state: which of the
-    slot's states; token_axis: the dimension of the module's hidden states that counts tokens, 0 or 1;
+    kind: `keys`, with their values, of the tokens the module was given; `cross`, those of the encoder's tokens;
+    `state`, of a size that does not grow: a convolution's, a recurrence's. slot: the layer of the cache; state: which
+    of the slot's states; token_axis: the dimension of the module's hidden states that counts tokens, 0 or 1;
     size: bytes per token and sequence, of a state per sequence.
     """
 
@@ -41,45 +41,55 @@ class Write:
 
 @dataclass(frozen=True)
 class CacheUse:
-    """The writes of each watched module by its path; a module that wrote nothing has no entry."""
+    """What watched modules did with a cache, by their paths.
+
+    writes: what each wrote, with all inside it; no entry if nothing. handed_on: which outputs of each, the first apart,
+    are inputs of it, by position: some models hand their states from layer to layer, and only while they have any.
+    """
 
     writes: Mapping[str, tuple[Write, ...]]
+    handed_on: Mapping[str, Mapping[int, Key]]
 
     @property
     def bytes_per_token(self) -> dict[str, int]:
-        """Key and value bytes per token and sequence that each module wrote; those of an encoder's tokens not counted."""
+        """Key and value bytes per token and sequence that each module wrote, without an encoder's tokens."""
         return {path: sum(w.size for w in made if w.kind == "keys") for path, made in self.writes.items()}
 
-    def spec(self, paths: Iterable[str]) -> dict[str, Any]:
-        """What one stand-in for all of these modules writes: the keys `cache`, `states` and `token_axis` of its spec.
+    def completed(self, path: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """The stand-in `spec` for the module at `path`, made to write what it wrote and to hand on what it handed on.
 
         Keys of the encoder's tokens are not among it: whoever reads them reads its own.
         """
-        made = [write for path in paths for write in self.writes.get(path, ())]
-        slots = sorted({write.slot for write in made if write.kind == "keys"})
-        states = sorted({(write.slot, write.state) for write in made if write.kind == "state"})
-        spec: dict[str, Any] = {"cache": slots} if slots else {}
-        if states:
-            spec["states"] = [list(state) for state in states]
+        made, new = self.writes.get(path, ()), dict(spec)
+        if spec.get("keep"):
+            return new
+        if slots := sorted({write.slot for write in made if write.kind == "keys"}):
+            new["cache"] = slots
+        if states := sorted({(write.slot, write.state) for write in made if write.kind == "state"}):
+            new["states"] = [list(state) for state in states]
         if any(write.token_axis == 0 for write in made):
-            spec["token_axis"] = 0
-        return spec
+            new["token_axis"] = 0
+        if isinstance(spec["output"], dict):
+            ((container, items),) = spec["output"].items()
+            handed = {place: {"given": key} for place, key in self.handed_on.get(path, {}).items()}
+            new["output"] = {container: [handed.get(i) if item is None else item for i, item in enumerate(items)]}
+        return new
 
 
 def cache_use(model: PreTrainedModel, watched: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> CacheUse:
-    """What each of `watched`, with all inside it, writes while `model` reads `inputs` into a cache of its own making.
+    """What each of `watched` does while `model` reads `inputs` into a cache of its own making.
 
     inputs: not as many sequences as tokens. Cost: one forward pass. UnsupportedModelError if a module writes keys of
     other tokens than those it was given.
     """
     if not accepts(model, "use_cache"):
-        return CacheUse({})
-    with torch.no_grad(), cache_writes(watched) as writes:
+        return CacheUse({}, {})
+    with torch.no_grad(), recording(watched) as recorder:
         model(**inputs, use_cache=True)
-        if not writes and model.can_generate():
+        if not recorder.writes and model.can_generate():
             # In older transformers some hybrid models fill only the cache that their own `generate` makes.
             _generate_one(model, inputs)
-    return CacheUse({path: tuple(made.values()) for path, made in writes.items()})
+    return CacheUse({path: tuple(made.values()) for path, made in recorder.writes.items()}, recorder.handed_on)
 
 
 def _generate_one(model: Any, inputs: Mapping[str, Tensor]) -> None:
@@ -90,11 +100,31 @@ def _generate_one(model: Any, inputs: Mapping[str, Tensor]) -> None:
             raise
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A module at work: its name, the shapes it was given, and the caches of the model's own kind as they were."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    own: tuple[tuple[Any, Mapping[tuple[str, int], Any]], ...]
+
+    def token_axis(self, keys: Tensor) -> int:
+        tokens = (keys.shape[0], keys.shape[-2])
+        for shape in self.shapes:
+            if shape[:2] in (tokens, tokens[::-1]) and len(shape) > 2:
+                return 1 if shape[:2] == tokens else 0
+        raise UnsupportedModelError(
+            f"{self.name} writes keys of {tokens[0]} x {tokens[1]} tokens to its cache, but was given {self.shapes}",
+            fix="nothing is removed whose place in the cache cannot be kept; report the model's type and this message",
+        )
+
+
 class _Recorder:
     """Notes who is at work when something is written; of a cache of the model's own kind, what changed meanwhile."""
 
     def __init__(self) -> None:
         self.writes: dict[str, dict[tuple[Kind, int, int], Write]] = {}
+        self.handed_on: dict[str, dict[int, Key]] = {}
         self.running: list[_Running] = []
         self.of_encoder: set[int] = set()
 
@@ -105,8 +135,13 @@ class _Recorder:
         own = tuple((value, _held(value)) for value in given if _is_own_kind(value))
         self.running.append(_Running(name, shapes, own))
 
-    def leave(self, *_: Any) -> None:
+    def leave(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         module = self.running.pop()
+        given = {
+            id(value): key for key, value in (*kwargs.items(), *enumerate(args)) if isinstance(value, (Tensor, list))
+        }
+        items = enumerate(output if isinstance(output, (tuple, list)) else ())
+        self.handed_on[module.name] = {place: given[id(item)] for place, item in items if place and id(item) in given}
         for cache, before in module.own:
             for (name, slot), mark in _held(cache).items():
                 if mark == before.get((name, slot)):
@@ -134,39 +169,20 @@ class _Recorder:
         made[kind, slot, state] = replace(before, size=before.size + size)
 
 
-@dataclass(frozen=True)
-class _Running:
-    """A module at work: its name, the shapes it was given, and the caches of the model's own kind as they were."""
-
-    name: str
-    shapes: tuple[tuple[int, ...], ...]
-    own: tuple[tuple[Any, Mapping[tuple[str, int], Any]], ...]
-
-    def token_axis(self, keys: Tensor) -> int:
-        tokens = (keys.shape[0], keys.shape[-2])
-        for shape in self.shapes:
-            if shape[:2] in (tokens, tokens[::-1]) and len(shape) > 2:
-                return 1 if shape[:2] == tokens else 0
-        raise UnsupportedModelError(
-            f"{self.name} writes keys of {tokens[0]} x {tokens[1]} tokens to its cache, but was given {self.shapes}",
-            fix="nothing is removed whose place in the cache cannot be kept; report the model's type and this message",
-        )
-
-
 @contextlib.contextmanager
-def cache_writes(watched: Mapping[str, nn.Module]) -> Iterator[dict[str, dict[tuple[Kind, int, int], Write]]]:
-    """While the block runs, collect by name what is written to caches while each of these modules is at work."""
+def recording(watched: Mapping[str, nn.Module]) -> Iterator[_Recorder]:
+    """While the block runs, note what is written to caches while each of these modules is at work, by its name."""
     recorder = _Recorder()
     with contextlib.ExitStack() as undo:
         for name, module in watched.items():
             enter = functools.partial(recorder.enter, name)
             undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            undo.callback(module.register_forward_hook(recorder.leave).remove)
+            undo.callback(module.register_forward_hook(recorder.leave, with_kwargs=True).remove)
         for method in ("update", "update_conv_state", "update_recurrent_state"):
             if original := vars(Cache).get(method):  # the one place every cache class of transformers passes through
                 undo.callback(setattr, Cache, method, original)
                 setattr(Cache, method, _spied(original, functools.partial(recorder.wrote, method)))
-        yield recorder.writes
+        yield recorder
 
 
 def _spied(original: Callable[..., Any], wrote: Callable[[Cache, Mapping[str, Any]], None]) -> Callable[..., Any]:

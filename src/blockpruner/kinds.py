@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from blockpruner.blocks import Kind
-from blockpruner.probing import Key, SeenLayer, stood_in, turned
+from blockpruner.caches import CacheUse
+from blockpruner.probing import Key, SeenLayer, stood_in, turned_around
 
 # Modules whose kind neither behaviour nor a name tells, by the name of their class: one row teaches an architecture.
 # None: no block, whatever its name says.
@@ -36,15 +37,15 @@ _OTHER_MIXER = (
 _MLP = ("mlp", "ffn", "feed_forward", "feedforward", "moe", "experts")
 
 
-def kind_of(layer: SeenLayer, path: str, silent: Mapping[str, dict[str, Any]]) -> tuple[Kind, str]:
+def kind_of(layer: SeenLayer, path: str, silent: Mapping[str, dict[str, Any]], use: CacheUse) -> tuple[Kind, str]:
     """The kind of the branch at `path`, and what decided it; `silent` has the stand-ins of all branches of the layer.
 
-    Routed experts group tokens anew when one of them changes, so differences as small as rounding do not count.
-
-    A branch that makes one token's change felt at another mixes tokens; one that makes a change of another input felt
-    at several tokens reads another sequence; any other works on each token for itself. Names tell attention from other
-    mixers. They also overrule what is seen where it misleads: keys and values that were made elsewhere do not come
-    with the stream, and a feed-forward network may look back one token, or share out experts among all.
+    A branch in which a token feels a change of the others mixes tokens; one in which it feels a change of another
+    input, but at its own place, reads another sequence; any other works on each token for itself. Differences as small
+    as rounding do not count: routed experts group tokens anew when one of them changes. What a mixing branch writes to
+    a cache tells attention (keys of every token) from other mixers (a state), or else its name does. Names also
+    overrule what is seen where it misleads: keys and values that were made elsewhere do not come with the stream, and
+    a feed-forward network may look back one token, or share out experts among all.
     """
     classes = [type(layer.module.get_submodule(step)).__name__ for step in _steps(path)]
     for name in reversed(classes):
@@ -56,14 +57,17 @@ def kind_of(layer: SeenLayer, path: str, silent: Mapping[str, dict[str, Any]]) -
     with stood_in(layer.module, silent):
         nothing = layer.flows()
     with stood_in(layer.module, others):
-        place = layer.stream.shape[layer.token_axis] // 2
         alone = layer.flows()
         rounding = (0.05 if layer.stream.dtype.itemsize < 4 else 1e-4) * float(_moved(layer, nothing, alone).max())
-        elsewhere = _moved(layer, alone, layer.flows(layer.turned(place)))
-        elsewhere[place] = 0
-        mixes = float(elsewhere.max()) > rounding
+        around = turned_around(layer.stream, layer.token_axis, -1)  # the last token: it sees all where some see a part
+        mixes = float(_moved(layer, alone, layer.flows(around))[-1]) > rounding
         reads = not mixes and _reads_another(layer, alone, rounding)
     if mixes:
+        written = {write.kind for write in use.writes.get(f"{layer.path}.{path}", ())}
+        if written & {"keys", "state"}:
+            if "keys" in written:
+                return "attention", "mixes tokens; keeps keys of every token"
+            return "mixer", "mixes tokens; keeps a state"
         if any(word in words for word in _OTHER_MIXER):
             return "mixer", "mixes tokens; named as another mixer"
         if as_attention:
@@ -96,14 +100,13 @@ def _steps(path: str) -> list[str]:
 
 
 def _reads_another(layer: SeenLayer, alone: Tensor, rounding: float) -> bool:
-    """Whether a change of one place of another input than the stream is felt at several tokens."""
+    """Whether a token feels a change of another input than the stream, at all places but its own."""
     batch = {size for axis, size in enumerate(layer.stream.shape[:-1]) if axis != layer.token_axis}
     for key, value in layer.call.inputs():
         if key == layer.hidden or not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 3:
             continue
-        axis = 1 if value.shape[0] in batch else 0
-        changed: dict[Key, Any] = {key: turned(value, axis, value.shape[axis] // 2)}
-        if int((_moved(layer, alone, layer.flows(changed=changed)) > rounding).sum()) > 1:
+        changed: dict[Key, Any] = {key: turned_around(value, 1 if value.shape[0] in batch else 0, 0)}
+        if float(_moved(layer, alone, layer.flows(changed=changed))[0]) > rounding:
             return True
     return False
 

@@ -22,7 +22,7 @@ class Part:
     modules: path -> stand-in of the module whose output is the branch; outlets: names of the parameters that silence it
     when they are zero; idle: path -> stand-in of what only it needed; parameters: number that leave; compute: its
     share of the multiply-adds of one short forward pass, 0 to 1 (None where they could not be counted); cache_bytes:
-    key/value bytes per token and sequence; evidence: what decided its kind.
+    key/value bytes per token (of the encoder where it reads the encoder) and sequence; evidence: what decided its kind.
     """
 
     block: Block

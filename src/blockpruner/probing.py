@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from blockpruner.errors import UnsupportedModelError, is_out_of_memory
 from blockpruner.standin import muffle, replace_module, stand_in_for
@@ -192,44 +191,19 @@ def scrambled(seed: int) -> Callable[[Tensor], Tensor]:
     return make
 
 
-@contextlib.contextmanager
-def cache_writes(watched: Mapping[str, nn.Module]) -> Iterator[dict[str, list[int]]]:
-    """While the block runs, collect which module (by name, the innermost one) wrote keys and values to which slots."""
-    running: list[str] = []
-    writes: dict[str, list[int]] = {}
-    original = Cache.update
-
-    def update(self: Cache, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        if running:
-            slots = writes.setdefault(running[-1], [])
-            if layer_idx not in slots:
-                slots.append(layer_idx)
-        return original(self, key_states, value_states, layer_idx, *args, **kwargs)
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: running.append(name)
-
-    def leave(*_: Any) -> None:
-        running.pop()
-
-    handles = []
-    for name, module in watched.items():
-        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-    Cache.update = update  # the one place every cache class passes through
-    try:
-        yield writes
-    finally:
-        Cache.update = original
-        for handle in handles:
-            handle.remove()
-
-
 def turned(values: Tensor, axis: int, place: int) -> Tensor:
     """A copy of `values` whose vectors at `place` along `axis` are turned round by one entry."""
     values = values.clone()
     view = values.select(axis, place)
     view.copy_(view.roll(1, dims=-1))
     return values
+
+
+def turned_around(values: Tensor, axis: int, place: int) -> Tensor:
+    """A copy of `values` whose vectors along `axis`, but for the one at `place`, are turned round by one entry."""
+    values_turned = values.roll(1, dims=-1)
+    values_turned.select(axis, place).copy_(values.select(axis, place))
+    return values_turned
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.models.auto import configuration_auto, modeling_auto
 
 MODEL_TYPE = "blockpruner"
@@ -41,7 +41,8 @@ class StandIn(nn.Module):
     {"list": [...]} of these;
     spec["input"]: position or name of the input that gives shape, dtype and device, and is what "input" returns;
     spec["width"]: last dimension of the zeros; spec["flat"]: they are a list of the tokens of all sequences;
-    spec["cache"]: the cache slots that the module wrote.
+    spec["cache"]: the cache slots that the module wrote keys and values to; spec["states"]: pairs of a slot and the
+    number of a state in it that it wrote; spec["token_axis"]: dimension of the input that counts tokens, if not 1.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -51,8 +52,7 @@ class StandIn(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         key = self.spec["input"]
         hidden = args[key] if isinstance(key, int) else kwargs[key]
-        for index in self.spec.get("cache", ()):
-            _write_ghost((*args, *kwargs.values()), index, hidden, kwargs.get("cache_position"))
+        _write_ghosts(self.spec, hidden, args, kwargs)
         return self._fill(self.spec["output"], hidden, args, kwargs)
 
     def _fill(self, template: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,18 +73,29 @@ class StandIn(nn.Module):
         return str(self.spec["output"])
 
 
-def _write_ghost(given: tuple[Any, ...], index: int, hidden: Tensor, positions: Tensor | None) -> None:
-    """Write ones for the tokens of `hidden` into slot `index` of the cache among `given`, if there is one.
+def _write_ghosts(spec: dict[str, Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Write to the cache among the arguments, if there is one, ones in each place where the removed module wrote.
 
-    Nothing ever reads them, but static caches of older transformers count the entries that are not zero. Those are also
-    told the positions to write to.
+    Nobody reads them: what others look at is how many there are. Those of an encoder's tokens have no such reader.
     """
-    cache = next((value for value in given if isinstance(value, (Cache, EncoderDecoderCache))), None)
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
+    cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
+    cache = getattr(cache, "self_attention_cache", cache)
     if cache is None:
         return
-    slot = cache.layers[index] if index < len(cache.layers) else None
+    tokens = hidden if spec.get("token_axis", 1) else hidden.transpose(0, 1)
+    for slot in spec.get("cache", ()):
+        _write_keys(cache, slot, tokens, kwargs.get("cache_position"))
+    for slot, state in spec.get("states", ()):
+        _write_state(cache, slot, state, tokens)
+
+
+def _write_keys(cache: Any, index: int, hidden: Tensor, positions: Tensor | None) -> None:
+    """Write keys and values for the tokens of `hidden`, [sequences, tokens, ...], into slot `index`.
+
+    Static caches of older transformers count the entries that are not zero, and are told the positions to write to.
+    """
+    slots = getattr(cache, "layers", ())  # some hybrid models of older transformers have a cache class of their own
+    slot = slots[index] if index < len(slots) else None
     if slot is not None and not isinstance(slot, (DynamicLayer, StaticLayer)):
         raise TypeError(
             f"{type(slot).__name__} holds no keys and values, but a removed attention block has to write there"
@@ -104,6 +115,23 @@ def _ghost(held: Any, hidden: Tensor) -> Tensor:
     if isinstance(held, Tensor) and held.ndim == 4 and held.shape[1] * held.shape[3] > 0:
         heads, width, dtype = held.shape[1], held.shape[3], held.dtype
     return torch.ones(hidden.shape[0], heads, hidden.shape[1], width, dtype=dtype, device=hidden.device)
+
+
+def _write_state(cache: Any, index: int, state: int, hidden: Tensor) -> None:
+    """Write a convolution's state of one channel into slot `index`: it is by these that a cache knows of a past.
+
+    A cache that may be told to forget tokens keeps one entry for each, else the last one.
+    """
+    ghost = torch.ones(hidden.shape[0], 1, 1, dtype=hidden.dtype, device=hidden.device)
+    if not hasattr(cache, "layers"):  # a class of the model's own, as above: lists with a place per slot
+        for name, places in vars(cache).items():
+            if isinstance(places, list) and name not in ("key_cache", "value_cache") and places[index:][:1] == [None]:
+                places[index] = ghost
+        return
+    slot = cache.layers[index]
+    held = slot.conv_states[state] if isinstance(slot.conv_states, dict) else slot.conv_states  # dict: newer ones
+    tokens = hidden.shape[1] if getattr(slot, "record_past", False) else 1
+    cache.update_conv_state(ghost.expand(-1, 1 if held is None else held.shape[1], tokens), index, state_idx=state)
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:

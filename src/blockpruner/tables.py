@@ -51,8 +51,13 @@ def print_anatomy(subject: Subject) -> None:
     ]
     columns = (">layer", "block", "module", ">parameters", ">compute", ">KV bytes/token", "kind known by")
     table(f"{identity.name}: {identity.model_type}, {identity.parameters:,} parameters", columns, rows)
-    print(f"{len(parts)} blocks, all proved: without its blocks every layer is the identity, and removing a block")
-    print("equals setting its weights to zero, bit for bit.")
+    print(f"{len(parts)} blocks, all proved: removing one equals setting its last projection to zero, bit for bit.")
+    if not all(layer.identity for stack in subject.anatomy.stacks for layer in stack.layers):
+        print("Norms or scales stand on the residual stream: they stay with a layer, and leave with its last block.")
+    if kept := sorted(subject.anatomy.outline.kept, key=lambda block: block.order):
+        print(f"Others need what these make, so removing them saves nothing: {', '.join(map(str, kept))}.")
+    for path, reason in subject.anatomy.left.items():
+        print(f"Left alone: {path}: {reason}")
     cache = subject.anatomy.cache_bytes()
     print(f"Key/value cache: {cache:,} bytes per token in {subject.dtype}. Compute: share of a 16-token forward pass.")
     for stack in subject.anatomy.stacks:
