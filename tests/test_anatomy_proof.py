@@ -1,17 +1,21 @@
 """What reading an anatomy does with models made to deceive it, and that it leaves no trace in any model."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import zoo
 from tiny import FAMILIES, anatomy_of, shared
 from torch import nn
 from transformers.cache_utils import Cache
 
+from blockpruner import anatomy
 from blockpruner.anatomy import read_anatomy
 from blockpruner.blocks import Block
 from blockpruner.errors import UnsupportedModelError
+from blockpruner.probing import nulled
 from blockpruner.surgery import skipped
 
 
@@ -271,3 +275,82 @@ def test_a_reading_that_fails_leaves_the_model_as_it_was(plant, path, error):
     with pytest.raises(error):
         read_anatomy(model)
     assert_untouched(before, model)
+
+
+# What is found wrongly is not believed: lies planted between finding and proving.
+
+
+def lying(monkeypatch, change):
+    """Have every layer's dissection changed before it is proved."""
+    honest = anatomy.dissect
+
+    def dissect(layer, use):
+        found = honest(layer, use)
+        return replace(found, branches=tuple(change(branch) for branch in found.branches))
+
+    monkeypatch.setattr(anatomy, "dissect", dissect)
+
+
+def handing_through(branch):
+    """A stand-in that returns its input where it has to return zeros."""
+    ((path, spec),) = branch.modules.items()
+    output = spec["output"]
+    turned = {"tuple": ["input", *output["tuple"][1:]]} if isinstance(output, dict) else "input"
+    return replace(branch, modules={path: {**spec, "output": turned}})
+
+
+def idle_too_soon(branch):
+    """A norm that others read counts as idle."""
+    spec = {"input": 0, "output": "input"}
+    return replace(branch, idle={**branch.idle, "post_attention_layernorm": spec}) if branch.kind != "mlp" else branch
+
+
+def for_another(branch):
+    """The weights of one branch are taken for those of another."""
+    return replace(branch, outlets=("mlp.down_proj.weight",))
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (handing_through, "leaving out input_layernorm changes the layer without its attention"),
+        (idle_too_soon, "leaving out .* changes the layer without its attention"),
+        (for_another, r"without self_attn it differs by .* from the same with mlp\.down_proj\.weight at zero"),
+    ],
+)
+def test_a_wrong_stand_in_is_refused(monkeypatch, lie, reason):
+    lying(monkeypatch, lie)
+    with pytest.raises(UnsupportedModelError, match=rf"^model\.layers\.0 \(LlamaDecoderLayer\): {reason}"):
+        read_anatomy(FAMILIES["llama"]())
+
+
+def test_a_branch_that_was_missed_is_refused(monkeypatch):
+    honest = anatomy.dissect
+    monkeypatch.setattr(
+        anatomy, "dissect", lambda layer, use: replace(honest(layer, use), branches=honest(layer, use).branches[:1])
+    )
+    with pytest.raises(UnsupportedModelError, match="with all blocks silent it does more than with their projections"):
+        read_anatomy(FAMILIES["llama"]())
+
+
+# What random weights hide and trained ones have.
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("gemma4_text", "layer_scalar"), ("gpt_oss", "self_attn.sinks")])
+def test_scales_of_layers_and_sinks_of_attention_are_no_part_of_the_rest(model_type, name):
+    model = zoo.build(f"causal/{model_type}")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            owner, _, last = name.rpartition(".")
+            getattr(layer.get_submodule(owner), last).fill_(0.7)
+    found, zeroed, ids = read_anatomy(model), copy.deepcopy(model), torch.arange(20, 52).view(2, 16)
+    assert {layer.identity for layer in found.stacks[0].layers} == {model_type != "gemma4_text"}
+    (mlp,) = [part for part in found.parts.values() if str(part.block) == "mlp.1"]
+    with torch.no_grad(), nulled(zeroed, mlp.outlets), skipped(model, ["mlp.1"], anatomy=found):
+        assert torch.equal(model(ids).logits, zeroed(ids).logits)
+    gone = [block for block in found.outline.blocks if block.layer == 1]
+    before = {}
+    zeroed.model.layers[1].register_forward_pre_hook(lambda _, args, kwargs: before.update(x=args[0]), with_kwargs=True)
+    zeroed.model.layers[1].register_forward_hook(lambda *_: before["x"])
+    with torch.no_grad(), skipped(model, gone, anatomy=found):
+        assert torch.equal(model(ids).logits, zeroed(ids).logits)

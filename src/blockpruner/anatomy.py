@@ -108,20 +108,23 @@ def _stack(model: nn.Module, name: str, path: str, layers: list[SeenLayer], use:
         parts = []
         for branch in dissection.branches:
             slot = slots[branch.kind] = slots.get(branch.kind, -1) + 1
-            modules, idle = _below(layer.path, branch.modules), _below(layer.path, branch.idle)
+            modules, idle = (_below(layer.path, specs, use) for specs in (branch.modules, branch.idle))
             outlets = tuple(f"{layer.path}.{outlet}" for outlet in branch.outlets)
             size = _count(model, [*modules, *idle])
             block = Block(branch.kind, index, name, slot)
             parts.append(Part(block, modules, outlets, idle, size, None, 0, branch.evidence))
-        through = {"input": layer.hidden, "output": template(layer.call, "input")}
+        through = use.completed(layer.path, {"input": layer.hidden, "output": template(layer.call, "input")})
+        idle = _below(layer.path, dissection.idle, use)
         rest = _count(model, [layer.path]) - sum(part.parameters for part in parts) if parts else 0
-        made.append(Layer(layer.path, layer.hidden, through, identity, tuple(parts), rest))
+        shell = identity and _count(model, idle) == rest
+        made.append(Layer(layer.path, layer.hidden, through, identity, shell, tuple(parts), idle, rest))
     same = len({_structure(layer.module) for layer in layers}) == 1
     return Stack(name, path, tuple(made), same and all(d.serial for d in dissections))
 
 
-def _below(path: str, specs: Mapping[str, Spec]) -> dict[str, Spec]:
-    return {f"{path}.{inner}": spec for inner, spec in specs.items()}
+def _below(path: str, specs: Mapping[str, Spec], use: CacheUse) -> dict[str, Spec]:
+    """Stand-ins by their paths below the model, completed by what they do with a cache."""
+    return {f"{path}.{inner}": use.completed(f"{path}.{inner}", spec) for inner, spec in specs.items()}
 
 
 def _count(model: nn.Module, paths: Iterable[str]) -> int:
@@ -151,21 +154,14 @@ def _grouped_flops(a_shape: Any, b_shape: Any, *_: Any, out_shape: Any = None, *
 
 
 def _finished(layer: Layer, use: CacheUse, flops: Mapping[str, float]) -> Layer:
-    """The layer with what the whole model's passes showed: what to write to a cache, bytes, shares of compute."""
+    """The layer with what the whole model's passes showed: bytes in the cache, shares of compute."""
 
-    def writing(specs: Mapping[str, Spec]) -> dict[str, Spec]:
-        return {path: {**spec, **use.spec([path])} for path, spec in specs.items()}
-
-    def part_of(part: Part) -> Part:
+    def sized(part: Part) -> Part:
         paths = [*part.modules, *part.idle]
         held = sum(w.size for path in paths for w in use.writes.get(path, ()) if w.kind != "state")
         if part.kept:
             return replace(part, parameters=0, compute=0.0 if flops else None, cache_bytes=held)
-        share = sum(flops.get(path, 0.0) for path in paths) if flops else None
-        idle = writing(part.idle)
-        return replace(part, modules=writing(part.modules), idle=idle, compute=share, cache_bytes=held)
+        return replace(part, compute=sum(flops.get(p, 0.0) for p in paths) if flops else None, cache_bytes=held)
 
-    if layer.through.get("keep"):
-        return replace(layer, shared=0, parts=tuple(map(part_of, layer.parts)))
-    through = {**layer.through, **use.spec([layer.path])}
-    return replace(layer, through=through, parts=tuple(map(part_of, layer.parts)))
+    stays = layer.through.get("keep") and not layer.shell
+    return replace(layer, shared=0 if stays else layer.shared, parts=tuple(map(sized, layer.parts)))

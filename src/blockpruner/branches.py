@@ -61,11 +61,13 @@ class Branch:
 class Dissection:
     """A layer taken apart: branches in the order they run.
 
+    idle: what does nothing once all of them are gone (a norm that they share), with stand-ins;
     whole: silencing all of them leaves the skeleton, so that there is no projection besides;
     serial: one mixing branch whose result the one mlp reads, and every parameter belongs to one of the two.
     """
 
     branches: tuple[Branch, ...]
+    idle: Mapping[str, Spec]
     whole: bool
     serial: bool
 
@@ -81,9 +83,11 @@ def dissect(layer: SeenLayer, use: CacheUse) -> Dissection:
         branches = []
         for path in sorted(silent, key=list(calls).index):
             kind, evidence = kind_of(layer, path, silent, use)
-            idle = _idle(layer, calls, silent, path)
+            idle = _idle(layer, calls, silent, [path])
             branches.append(Branch(kind, evidence, {path: silent[path]}, _outlets(layer, calls, path), idle))
-        return Dissection(tuple(branches), whole, whole and _is_serial(layer, branches))
+        owned = {p for branch in branches for p in branch.idle}
+        rest = {p: spec for p, spec in _idle(layer, calls, silent, list(silent)).items() if p not in owned}
+        return Dissection(tuple(branches), rest, whole, whole and _is_serial(layer, branches))
 
 
 def runs_to_stream(layer: SeenLayer, specs: Mapping[str, Spec]) -> Tensor:
@@ -274,9 +278,9 @@ def _outlets(layer: SeenLayer, calls: Mapping[str, Call], path: str) -> tuple[st
     return tuple(everything)
 
 
-def _idle(layer: SeenLayer, calls: Mapping[str, Call], silent: Mapping[str, Spec], gone: str) -> dict[str, Spec]:
-    """Modules with parameters that change nothing any more once the branch `gone` is silent."""
-    specs = {gone: silent[gone]}
+def _idle(layer: SeenLayer, calls: Mapping[str, Call], silent: Mapping[str, Spec], gone: list[str]) -> dict[str, Spec]:
+    """Modules with parameters that change nothing any more once the branches `gone` are silent."""
+    specs = {path: silent[path] for path in gone}
     truth = runs_to_stream(layer, specs)
     found: dict[str, Spec] = {}
 

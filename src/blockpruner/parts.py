@@ -49,15 +49,17 @@ class Layer:
     """One layer: its path, the argument that carries the stream, its parts in the order they run.
 
     through: the stand-in for the whole layer, which hands the stream through in the structure the layer returns;
-    identity: whether it does that by itself once its parts are silent;
-    shared: number of its parameters that belong to no part and leave with the last (norms that they share).
+    identity: whether the layer does that by itself once its parts are silent; shell: whether it stays then, else
+    `through` takes its place; idle: what does nothing in a shell; shared: parameters that leave with the last part.
     """
 
     path: str
     hidden: Key
     through: Spec
     identity: bool
+    shell: bool
     parts: tuple[Part, ...]
+    idle: Mapping[str, Spec]
     shared: int
 
 
@@ -113,6 +115,8 @@ class Anatomy:
 def layer_stand_ins(layer: Layer, mask: Mask) -> dict[str, Spec]:
     """path (below the model) -> stand-in for what `mask` takes out of one layer."""
     gone = [part for part in layer.parts if part.block in mask]
-    if gone and len(gone) == len(layer.parts) and not (layer.identity and layer.through.get("keep")):
+    empty = gone and len(gone) == len(layer.parts)
+    if empty and not layer.shell:
         return {layer.path: layer.through}
-    return {path: spec for part in gone for path, spec in {**part.modules, **part.idle}.items()}
+    specs = {path: spec for part in gone for path, spec in {**part.modules, **part.idle}.items()}
+    return {**specs, **layer.idle} if empty else specs

@@ -61,7 +61,8 @@ def example_inputs(model: PreTrainedModel, batch: int = 2, tokens: int = 16, see
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Number of rows of the input embedding."""
     embedding = model.get_input_embeddings()
-    return (embedding if isinstance(embedding, Tensor) else embedding.get_parameter("weight")).shape[0]
+    weight = embedding if isinstance(embedding, Tensor) else getattr(embedding, "weight", None)
+    return model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
 
 
 def accepts(model: nn.Module, name: str) -> bool:

@@ -25,7 +25,7 @@ def prove_layer(layer: SeenLayer, dissection: Dissection) -> bool:
     Each block alone, without and with the modules that idle then, equals its last projection at zero; all of them
     together leave the skeleton.
     """
-    everything: dict[str, Spec] = {}
+    everything: dict[str, Spec] = dict(dissection.idle)
     for branch in dissection.branches:
         everything |= {**branch.modules, **branch.idle}
         alone = runs_to_stream(layer, branch.modules)
@@ -58,7 +58,7 @@ def proved(model: PreTrainedModel, layers: list[Layer], inputs: Mapping[str, tor
     layers = list(layers)
     for first in (0, 1):
         for whole in (False, True):
-            chosen = range(first, len(layers), 2)
+            chosen = [i for i in range(first, len(layers), 2) if layers[i].parts and not (whole and layers[i].shell)]
             if _agrees(model, [layers[i] for i in chosen], whole, inputs):
                 continue
             for number, i in enumerate(chosen):
@@ -77,7 +77,7 @@ def _agrees(model: PreTrainedModel, layers: list[Layer], whole: bool, inputs: Ma
     """Whether the model without these layers' blocks, or these `whole` layers, is the one in which they add nothing."""
     parts = [part for layer in layers for part in layer.parts]
     if whole:
-        specs = {layer.path: layer.through for layer in layers if layer.parts}
+        specs = {layer.path: layer.through for layer in layers if not layer.shell}
     else:
         specs = {path: spec for part in parts for path, spec in part.modules.items()}
     # What a module remembers of the call before would be right by chance, were that call about the same tokens.
@@ -99,8 +99,11 @@ def _keeping(
 ) -> Layer:
     """The layer, with whatever others need of it kept running; the layers `before` are removed as well."""
     if whole:
-        agrees = _agrees(model, [*before, layer], whole, inputs)
-        return layer if agrees else replace(layer, through={**layer.through, "keep": True})
+        if _agrees(model, [*before, layer], whole, inputs):
+            return layer
+        if layer.identity:
+            return replace(layer, shell=True, shared=0)
+        return replace(layer, through={**layer.through, "keep": True})
     parts: list[Part] = []
     for part in layer.parts:
         parts.append(part)

@@ -41,8 +41,9 @@ class StandIn(nn.Module):
     {"list": [...]} of these;
     spec["input"]: position or name of the input that gives shape, dtype and device, and is what "input" returns;
     spec["width"]: last dimension of the zeros; spec["flat"]: they are a list of the tokens of all sequences;
-    spec["cache"]: the cache slots that the module wrote keys and values to; spec["states"]: pairs of a slot and the
-    number of a state in it that it wrote; spec["token_axis"]: dimension of the input that counts tokens, if not 1.
+    spec["cache"]: the cache slots that the module wrote keys and values to, None where that could not be seen;
+    spec["states"]: pairs of a slot and the number of a state in it that it wrote;
+    spec["token_axis"]: dimension of the input that counts tokens, if not 1.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -82,8 +83,14 @@ def _write_ghosts(spec: dict[str, Any], hidden: Tensor, args: tuple[Any, ...], k
     cache = getattr(cache, "self_attention_cache", cache)
     if cache is None:
         return
+    slots = spec.get("cache", ())
+    if slots is None:
+        raise NotImplementedError(
+            "when blocks were removed, this model did not work with a cache, so what they wrote there is not known; "
+            "generate with use_cache=False"
+        )
     tokens = hidden if spec.get("token_axis", 1) else hidden.transpose(0, 1)
-    for slot in spec.get("cache", ()):
+    for slot in slots:
         _write_keys(cache, slot, tokens, kwargs.get("cache_position"))
     for slot, state in spec.get("states", ()):
         _write_state(cache, slot, state, tokens)
@@ -146,8 +153,10 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
 
 
 def stand_in_for(old: nn.Module, spec: dict[str, Any], of: type[StandIn] = StandIn) -> StandIn:
-    """A stand-in that also answers to the plain attributes (numbers, flags, names) that a parent reads from `old`."""
+    """A stand-in that also answers to what others read from `old`: numbers, flags, names, unsaved buffers."""
     new = of(spec)
+    for name in old._non_persistent_buffers_set:
+        new.register_buffer(name, old._buffers[name], persistent=False)
     for name, value in vars(old).items():
         if type(value) in (int, float, bool, str) and not name.startswith("_"):
             setattr(new, name, value)
@@ -202,7 +211,7 @@ def adopt(model: PreTrainedModel, removed: list[str], modules: dict[str, dict[st
     setattr(config, MODEL_TYPE, record)
     for held in [vars(module) for module in model.modules() if vars(module).get("config") is model.config]:
         held["config"] = config
-    model.__class__ = pruned_model_class(unpruned(type(model)))
+    model.__class__ = pruned_model_class(unpruned(type(model)), base_config)
     _register(base_config)
 
 
@@ -227,12 +236,16 @@ def pruned_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 @functools.cache
-def pruned_model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The subclass of `base` that puts the stand-ins in place when it is made."""
+def pruned_model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The subclass of `base`, made of `config`, that puts the stand-ins in place when it is made."""
 
     class PrunedModel(base):  # type: ignore[misc, valid-type]
         _unpruned = base
-        config_class = pruned_config_class(base.config_class)
+        config_class = pruned_config_class(config)
+
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            return False  # else transformers leaves buffers that are not saved as they come from the memory
 
         def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
@@ -251,7 +264,9 @@ def __getattr__(name: str) -> type:
     base = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
     if not isinstance(base, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return pruned_config_class(base) if issubclass(base, PreTrainedConfig) else pruned_model_class(base)
+    if issubclass(base, PreTrainedConfig):
+        return pruned_config_class(base)
+    return pruned_model_class(base, base.config_class)
 
 
 def _locked(plain: dict[str, Any]) -> dict[str, Any]:
@@ -296,8 +311,8 @@ def _register(base: type[PreTrainedConfig]) -> None:
     """Let every Auto class that makes models of `base` make pruned ones of its pruned configuration."""
     for auto in _autos():
         kind = auto._model_mapping.get(base, None)
-        if isinstance(kind, type) and getattr(kind, "config_class", None) is base:
-            auto.register(pruned_config_class(base), pruned_model_class(kind), exist_ok=True)
+        if isinstance(kind, type):
+            auto.register(pruned_config_class(base), pruned_model_class(kind, base), exist_ok=True)
 
 
 def _autos() -> list[Any]:

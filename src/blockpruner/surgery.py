@@ -51,7 +51,7 @@ def silenced(model: PreTrainedModel, anatomy: Anatomy, mask: Mask) -> Iterator[N
     for stack in anatomy.stacks:
         for layer in stack.layers:
             gone = [part for part in layer.parts if part.block in mask]
-            if gone and len(gone) == len(layer.parts) and not layer.identity:
+            if gone and len(gone) == len(layer.parts) and not layer.identity:  # what it does besides leaves as well
                 muffled[layer.path] = {**layer.through, "keep": True}
             else:
                 outlets += [name for part in gone for name in part.outlets]
