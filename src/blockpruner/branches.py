@@ -121,7 +121,7 @@ def _silencing(layer: SeenLayer, calls: Mapping[str, Call], target: Tensor) -> d
         return {}  # a layer whose blocks were removed before
     tried: list[list[str]] = []
     for depth in range(1, DEPTH + 1):
-        paths = _candidates(layer.module, calls, layer.stream, depth)
+        paths = _candidates(layer, calls, depth)
         if paths in tried:
             break
         tried.append(paths)
@@ -169,14 +169,14 @@ def carries(layer: SeenLayer) -> bool:
     return bool(by_token[1].all())
 
 
-def _candidates(module: nn.Module, calls: Mapping[str, Call], stream: Tensor, depth: int) -> list[str]:
+def _candidates(layer: SeenLayer, calls: Mapping[str, Call], depth: int) -> list[str]:
     """Paths of modules, `depth` levels down (containers not counted), that own a matrix and return hidden states."""
     found: list[str] = []
 
     def visit(path: str, inner: nn.Module, level: int) -> None:
         for name, child in _children(inner):
             below = f"{path}.{name}" if path else name
-            fits = below in calls and _options(calls[below], stream) and _matrices(child)
+            fits = below in calls and _options(calls[below], layer) and _matrices(child)
             deeper = level < depth and any(True for _ in child.children())
             if deeper:
                 before = len(found)
@@ -186,7 +186,7 @@ def _candidates(module: nn.Module, calls: Mapping[str, Call], stream: Tensor, de
             if fits:
                 found.append(below)
 
-    visit("", module, 1)
+    visit("", layer.module, 1)
     return found
 
 
@@ -203,8 +203,9 @@ def _matrices(module: nn.Module) -> bool:
     return any(map(is_matrix, module.parameters()))
 
 
-def _options(call: Call, stream: Tensor) -> list[Spec]:
+def _options(call: Call, layer: SeenLayer) -> list[Spec]:
     """Stand-ins that fit this call, the likeliest first: zeros, then each hidden-shaped input."""
+    stream = layer.stream
     output = first_tensor(call.output)
     if output is None or not output.is_floating_point() or output.ndim < 2:
         return []
@@ -222,7 +223,7 @@ def _options(call: Call, stream: Tensor) -> list[Spec]:
         options.append({"input": leading, "output": template(call, "zeros"), "width": output.shape[-1]})
     elif listed is not None and output.ndim == 2:  # tokens of all sequences in one list, as routed experts take them
         options.append({"input": listed, "output": template(call, "zeros"), "width": output.shape[-1], "flat": True})
-    shaped = [key for key, v in tensors.items() if v.shape == output.shape]
+    shaped = [key for key, v in tensors.items() if v.shape == output.shape and not layer.is_outside(v)]
     return options + [{"input": key, "output": template(call, "input")} for key in shaped]
 
 
@@ -238,7 +239,7 @@ def template(call: Call, first: str) -> Any:
 def _fitting(layer: SeenLayer, calls: Mapping[str, Call], path: str) -> list[Spec]:
     """The stand-ins for one module under which the layer does what it does with the module's projections at zero."""
     target = nulled_stream(layer, projections(layer.module, path))
-    return [spec for spec in _options(calls[path], layer.stream) if _leaves(layer, {path: spec}, target)]
+    return [spec for spec in _options(calls[path], layer) if _leaves(layer, {path: spec}, target)]
 
 
 def _leaves(layer: SeenLayer, specs: Mapping[str, Spec], target: Tensor) -> bool:
@@ -289,7 +290,7 @@ def _idle(layer: SeenLayer, calls: Mapping[str, Call], silent: Mapping[str, Spec
             below = f"{path}.{name}" if path else name
             if below in silent or not any(True for _ in child.parameters()):
                 continue
-            ways = _passing(calls[below]) if below in calls else []
+            ways = _passing(calls[below], layer) if below in calls else []
             if not ways or any(p.startswith(f"{below}.") for p in silent):
                 visit(below, child)
                 continue
@@ -300,14 +301,19 @@ def _idle(layer: SeenLayer, calls: Mapping[str, Call], silent: Mapping[str, Spec
     return found
 
 
-def _passing(call: Call) -> list[Spec]:
-    """Stand-ins for a module that nobody heeds: its first tensor input as it is, or zeros where the width matters."""
-    key = next((k for k, v in call.inputs() if isinstance(v, Tensor)), None)
+def _passing(call: Call, layer: SeenLayer) -> list[Spec]:
+    """Stand-ins for a module that nobody heeds: its first tensor input as it is, or zeros where the width matters.
+
+    Zeros too for memory from `outside` the layer (a table of positions): whoever reads the output may work in place.
+    """
+    given = next(((k, v) for k, v in call.inputs() if isinstance(v, Tensor)), None)
     output = first_tensor(call.output)
-    if key is None or output is None:
+    if given is None or output is None:
         return []
+    key, value = given
     zeros = {"input": key, "output": template(call, "zeros"), "width": output.shape[-1]}
-    return [{"input": key, "output": template(call, "input")}, zeros]
+    through = {"input": key, "output": template(call, "input")}
+    return [zeros] if layer.is_outside(value) else [through, zeros]
 
 
 def _is_serial(layer: SeenLayer, branches: list[Branch]) -> bool:

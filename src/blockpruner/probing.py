@@ -224,6 +224,11 @@ class SeenLayer:
     def stream(self) -> Tensor:
         return dict(self.call.inputs())[self.hidden]
 
+    def is_outside(self, value: Tensor) -> bool:
+        """Whether the layer was given this memory beside the stream (an encoder's states, a table of positions)."""
+        given = (v for key, v in self.call.inputs() if isinstance(v, Tensor) and key != self.hidden)
+        return any(value.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in given)
+
     def turned(self, place: int) -> Tensor:
         """The stream with the token at `place` changed."""
         return turned(self.stream, self.token_axis, place)
