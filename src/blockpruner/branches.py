@@ -207,7 +207,7 @@ def _options(call: Call, layer: SeenLayer) -> list[Spec]:
     """Stand-ins that fit this call, the likeliest first: zeros, then each hidden-shaped input."""
     stream = layer.stream
     output = first_tensor(call.output)
-    if output is None or not output.is_floating_point() or output.ndim < 2:
+    if output is None or not output.is_floating_point() or output.ndim < 2 or not output.numel():
         return []
     # Streams may run in parallel, each one entry of a dimension or one part of the last, and a block sees one of them.
     places, width = stream.shape[:-1].numel(), stream.shape[-1]

@@ -14,9 +14,6 @@ from blockpruner.probing import Key, SeenLayer, stood_in, turned_around
 # None: no block, whatever its name says.
 TAUGHT: dict[str, Kind | None] = {
     "DeepseekV4HyperConnection": None,  # mixes the parallel streams
-    "HYV4HyperConnection": None,
-    "Qwen4ExpTextGatedResidual": None,
-    "Inkling2BlockAttentionResidual": None,  # chooses among the results of earlier layers
     "Inkling2ShortConvolution": None,  # the last step of attention and of mlp
     "FunnelRelMultiheadAttention": "attention",  # queries and keys come as separate inputs, as in cross-attention
     "RwkvSelfAttention": "mixer",  # a recurrence
