@@ -4,15 +4,17 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SWEEP_ARGS ?= --jobs 2
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+OLDEST := .oldest/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format clean
+.PHONY: help demo test oldest check bench sweep format clean
 
 # Nothing below needs a model hub, and nothing may wait for one.
-demo test bench: export HF_HUB_OFFLINE = 1
+demo test oldest bench sweep: export HF_HUB_OFFLINE = 1
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -23,6 +25,9 @@ demo: $(INSTALLED) ## prune a real small model end to end, into runs/demo
 test: $(INSTALLED) ## run the tests; more options for pytest in PYTEST_ARGS
 	@$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS)
 
+oldest: $(OLDEST) ## run forty architectures with the oldest transformers supported
+	@PYTHONPATH=$(dir $(OLDEST)) $(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) tests/test_versions.py
+
 check: $(INSTALLED) ## formatting, lint and types
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/ruff check
@@ -31,12 +36,15 @@ check: $(INSTALLED) ## formatting, lint and types
 bench: $(INSTALLED) ## what a search costs beside the published loop; options in BENCH_ARGS
 	@$(VENV)/bin/python benchmarks/search_cost.py $(BENCH_ARGS)
 
+sweep: $(INSTALLED) ## every architecture of transformers, tiny: what works, what is refused; options in SWEEP_ARGS
+	@$(VENV)/bin/python benchmarks/architecture_sweep.py $(SWEEP_ARGS)
+
 format: $(INSTALLED) ## put the code in form
 	@$(VENV)/bin/ruff format
 	@$(VENV)/bin/ruff check --fix
 
 clean: ## remove .venv, caches and build products; runs/ stays
-	rm -rf $(VENV) build dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(dir $(OLDEST)) build dist .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -46,4 +54,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[data,demo,dev,multi-gpu]'
+	@touch $@
+
+$(OLDEST): constraints-oldest.txt $(INSTALLED)
+	@$(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --upgrade \
+		--no-deps --target $(dir $(OLDEST)) --requirement constraints-oldest.txt
 	@touch $@
