@@ -3,8 +3,8 @@
     python benchmarks/inspect_cost.py --json experiments/inspect_cost.json
 
 `llama-7b-width` is a stack of 4 layers as wide as Llama 2 7B (hidden 4096, mlp 11008, 32 heads), with random weights.
-Each model is read in a process of its own, in bfloat16. `pass_seconds` is one forward pass of the same 2 x 16 tokens, so
-that `passes` compares machines; memory is the peak of resident memory while reading, over what was resident before.
+Each model is read in a process of its own, in bfloat16. `pass_seconds` is one forward pass of the same 2 x 16 tokens,
+so that `passes` compares machines; memory is the peak of resident memory while reading, over what was resident before.
 """
 
 import argparse

@@ -78,9 +78,10 @@ def build(entry: Entry | str, seed: int = 0) -> LanguageModel:
         torch.manual_seed(seed)
         model: Any = model_class(entry)._from_config(config_of(entry), dtype=torch.float32)
     perturb(model, seed)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.eos_token_id = None  # random weights would end a text at any moment
-        model.generation_config.forced_eos_token_id = None
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.eos_token_id = generation.forced_eos_token_id = None  # random weights would end a text at any moment
+        if model.config.is_encoder_decoder and generation.decoder_start_token_id is None:
+            generation.decoder_start_token_id = SPECIAL["decoder_start_token_id"]
     return model.eval()
 
 

@@ -45,7 +45,9 @@ _DOTS3 = {
         for layer in (2, 5)
     },
 }
-_NEMOTRON_H = {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"] * 2}
+_EVERY_STEP = {"time_step_min": 1e-6}  # shorter steps are cut off when tokens come at once, not when one by one
+_NEMOTRON_H = {**_EVERY_STEP, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"] * 2}
+_UNGROUPED = {"num_key_value_heads": 4}  # a checkpoint holds queries, keys and values in one, of one width
 _QWEN4 = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
@@ -116,6 +118,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "inkling2_text": {"unpadded_vocab_size": 128},
     "jamba": {"num_hidden_layers": 8, "attn_layer_period": 4, "attn_layer_offset": 2},
     "laguna": {"layer_types": _SLIDING, "num_attention_heads_per_layer": [4, 4, 2] * 2, "num_hidden_layers": 6},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 2, "full_attn_idxs": [2, 5], "num_hidden_layers": 6},
@@ -129,7 +132,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "mobilebert": {"hidden_size": 64, "true_hidden_size": 32, "intra_bottleneck_size": 32},
     "musicgen": {"decoder": _MUSIC},
     "musicgen_melody": {"decoder": _MUSIC},
-    "nemo_speechlm": {"text_config": _NEMOTRON_H},
+    "nemo_speechlm": {
+        "text_config": _NEMOTRON_H,
+        "audio_config": {"asr_config": _UNGROUPED, "diarization_config": {"audio_config": _UNGROUPED}},
+        "word_timestamp_config": _UNGROUPED,
+    },
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": _NEMOTRON_H,
     "neomme": {"head_dim": 16},
@@ -151,6 +158,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 6},
+    "zamba2": _EVERY_STEP,
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding"] * 2, "sliding_window": 8, "num_experts_per_tok": 1},
 }
 

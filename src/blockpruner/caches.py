@@ -44,11 +44,13 @@ class CacheUse:
     """What watched modules did with a cache, by their paths.
 
     writes: what each wrote, with all inside it; no entry if nothing. handed_on: which outputs of each, the first apart,
-    are inputs of it, by position: some models hand their states from layer to layer, and only while they have any.
+    are inputs of it, or states it was given made anew, by position: some models hand these on beside the stream.
+    seen: whether the model worked at all with a cache, so that there was something to see.
     """
 
     writes: Mapping[str, tuple[Write, ...]]
     handed_on: Mapping[str, Mapping[int, Key]]
+    seen: bool = True
 
     @property
     def bytes_per_token(self) -> dict[str, int]:
@@ -63,8 +65,9 @@ class CacheUse:
         made, new = self.writes.get(path, ()), dict(spec)
         if spec.get("keep"):
             return new
-        if slots := sorted({write.slot for write in made if write.kind == "keys"}):
-            new["cache"] = slots
+        slots = sorted({write.slot for write in made if write.kind == "keys"})
+        if slots or not self.seen:
+            new["cache"] = slots if self.seen else None
         if states := sorted({(write.slot, write.state) for write in made if write.kind == "state"}):
             new["states"] = [list(state) for state in states]
         if any(write.token_axis == 0 for write in made):
@@ -77,27 +80,32 @@ class CacheUse:
 
 
 def cache_use(model: PreTrainedModel, watched: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> CacheUse:
-    """What each of `watched` does while `model` reads `inputs` into a cache of its own making.
+    """What each of `watched` does while `model` reads `inputs` into a cache of its own making; nothing if it has none.
 
-    inputs: not as many sequences as tokens. Cost: one forward pass. UnsupportedModelError if a module writes keys of
-    other tokens than those it was given.
+    inputs: not as many sequences as tokens. Cost: one forward pass, or two where the first fills no cache.
+    UnsupportedModelError if a module writes keys of other tokens than those it was given.
     """
-    if not accepts(model, "use_cache"):
-        return CacheUse({}, {})
-    with torch.no_grad(), recording(watched) as recorder:
-        model(**inputs, use_cache=True)
-        if not recorder.writes and model.can_generate():
-            # In older transformers some hybrid models fill only the cache that their own `generate` makes.
-            _generate_one(model, inputs)
-    return CacheUse({path: tuple(made.values()) for path, made in recorder.writes.items()}, recorder.handed_on)
+    use = CacheUse({}, {}, seen=False)
+    for run in _filling(model):
+        with torch.no_grad(), recording(watched) as recorder:
+            try:
+                run(**inputs)
+            except MISFIT as error:
+                if is_out_of_memory(error):
+                    raise
+                continue
+        use = CacheUse({path: tuple(made.values()) for path, made in recorder.writes.items()}, recorder.handed_on)
+        if use.writes:
+            break
+    return use
 
 
-def _generate_one(model: Any, inputs: Mapping[str, Tensor]) -> None:
-    try:
-        model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    except MISFIT as error:  # what cannot generate has no cached generation to be kept
-        if is_out_of_memory(error):
-            raise
+def _filling(model: Any) -> Iterator[Callable[..., Any]]:
+    """Ways to have a model fill a cache; some, mostly in older transformers, fill only what their `generate` makes."""
+    yield functools.partial(model, **({"use_cache": True} if accepts(model, "use_cache") else {}))
+    if model.can_generate():
+        start = {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
+        yield functools.partial(model.generate, max_new_tokens=1, do_sample=False, **start)
 
 
 @dataclass(frozen=True)
@@ -137,11 +145,12 @@ class _Recorder:
 
     def leave(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         module = self.running.pop()
-        given = {
-            id(value): key for key, value in (*kwargs.items(), *enumerate(args)) if isinstance(value, (Tensor, list))
-        }
-        items = enumerate(output if isinstance(output, (tuple, list)) else ())
-        self.handed_on[module.name] = {place: given[id(item)] for place, item in items if place and id(item) in given}
+        inputs = [(key, value) for key, value in (*kwargs.items(), *enumerate(args)) if _shapes(value)]
+        self.handed_on[module.name] = {}
+        for place, item in enumerate(output if isinstance(output, (tuple, list)) else ()):
+            key = next((key for key, value in inputs if _hands_on(item, value)), None)
+            if place and key is not None:
+                self.handed_on[module.name][place] = key
         for cache, before in module.own:
             for (name, slot), mark in _held(cache).items():
                 if mark == before.get((name, slot)):
@@ -160,9 +169,8 @@ class _Recorder:
 
     def note(self, module: _Running, kind: Kind, slot: int, state: int, tensors: list[Tensor]) -> None:
         """Note tensors of [sequences, heads, tokens, width], or of [sequences, ...] for a state."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) // tensors[0].shape[0]
-        if kind != "state":
-            size //= tensors[0].shape[-2]
+        shared = tensors[0].shape[0] * (1 if kind == "state" else tensors[0].shape[-2])
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) // max(1, shared)
         axis = module.token_axis(tensors[0]) if kind == "keys" else 1
         made = self.writes.setdefault(module.name, {})
         before = made.get((kind, slot, state), Write(kind, slot, state, axis, 0))
@@ -194,6 +202,18 @@ def _spied(original: Callable[..., Any], wrote: Callable[[Cache, Mapping[str, An
         return original(self, *args, **kwargs)
 
     return method
+
+
+def _shapes(value: Any) -> list[torch.Size]:
+    """The shapes of a tensor, or of a tuple or list of tensors; empty for anything else."""
+    items = value if isinstance(value, (tuple, list)) else [value]
+    return [item.shape for item in items] if all(isinstance(item, Tensor) for item in items) else []
+
+
+def _hands_on(item: Any, value: Any) -> bool:
+    """Whether an output is this input, or the same set of states anew: without the module, they stay as they were."""
+    containers = isinstance(item, (tuple, list)) and isinstance(value, (tuple, list))
+    return item is value or (containers and _shapes(item) == _shapes(value) != [])
 
 
 def _is_own_kind(value: Any) -> bool:

@@ -60,7 +60,7 @@ class Likeness:
         self.rest = rest
         self._dense = dense
         self._expected = [self._joined(new) for new in range(len(rest.layers))]
-        self._numbers = {place: offset for place in self._places() if (offset := self._offset(place)) is not None}
+        self._numbers = {place: line for place in self._places() if (line := self._line(place)) is not None}
 
     def _joined(self, new: int) -> dict[str, Look]:
         made = self.rest.layers[new]
@@ -110,7 +110,7 @@ class Likeness:
     def _added(self, trial: Looks) -> dict[str, tuple[str, ...]]:
         """What the first layer of the trial has beyond that which becomes the first, as the old first layer had it.
 
-        Path below the layer -> names of its own tensors or children that are more; of a module that is more, as a whole.
+        Path below the layer -> names of those of its own tensors and of its children that are more.
         """
         first, expected = self._dense[0], self._expected[0]
         more: dict[str, tuple[str, ...]] = {}
@@ -126,14 +126,27 @@ class Likeness:
         return more
 
     def _renumbered(self, new: int, place: Place, wanted: Any, found: Any) -> bool:
-        """Whether an attribute differs as it must, since it numbers or counts layers."""
+        """Whether an attribute differs as it must, since it numbers or counts layers, or has an entry for each."""
+        if isinstance(wanted, tuple) and isinstance(found, tuple):
+            return self._recut(place[1], wanted, found)
         if type(wanted) is not int or type(found) is not int:
             return False
         if place in self._numbers:
-            return found == new + self._numbers[place]
+            start, step = self._numbers[place]
+            return found == start + step * new
         if not any(word in place[1].lower() for word in _NUMBERING):
             return False
         return found in {sum(source < wanted for source in self.rest.sources(mlp=mlp)) for mlp in (False, True)}
+
+    def _recut(self, name: str, wanted: tuple[Any, ...], found: tuple[Any, ...]) -> bool:
+        """Whether what has an entry for each layer, or numbers some of them, differs as it must."""
+        for sources in (self.rest.sources(mlp=mlp) for mlp in (False, True)):
+            if len(wanted) == self.rest.before and found == tuple(wanted[source] for source in sources):
+                return True
+            numbered = tuple(new for new, source in enumerate(sources) if source in wanted)
+            if any(word in name.lower() for word in _NUMBERING) and found == numbered:
+                return True
+        return False
 
     def positional(self, new: int, trial: Looks) -> str | None:
         """The first attribute in which layer `new` of a trial is wrong though its place alone decides it, as text."""
@@ -153,13 +166,13 @@ class Likeness:
         inner, name = place
         return [layer[inner].settings.get(name) if inner in layer else None for layer in self._dense]
 
-    def _offset(self, place: Place) -> int | None:
-        """What an attribute is more than the number of its layer; None where it does not number layers."""
+    def _line(self, place: Place) -> tuple[int, int] | None:
+        """Start and step of an attribute that counts up from layer to layer; None where it does not number layers."""
         values = self._values(place)
         if len(values) < 2 or any(type(value) is not int for value in values):
             return None
-        gaps = {value - index for index, value in enumerate(values)}
-        return gaps.pop() if len(gaps) == 1 else None
+        steps = {after - before for before, after in itertools.pairwise(values)}
+        return (values[0], steps.pop()) if len(steps) == 1 and 0 not in steps else None
 
     def _distinct(self, place: Place) -> bool:
         values = self._values(place)
