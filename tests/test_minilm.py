@@ -8,6 +8,7 @@ import torch
 
 from blockpruner.anatomy import read_anatomy
 from blockpruner.checkpoint import save_pruned
+from blockpruner.errors import InputError
 from blockpruner.models import load
 from blockpruner.surgery import skipped
 
@@ -58,3 +59,12 @@ def test_it_is_saved_and_reloads(minilm, tmp_path, removed, form):
     mask = frozenset(block for block in anatomy.outline.blocks if str(block) in removed)
     saved = save_pruned(copy.deepcopy(model), tokenizer, anatomy, mask, tmp_path / "pruned")
     assert (saved.form, saved.difference) == (form, 0)
+
+
+def test_a_layer_that_is_gone_with_its_norms_cannot_be_written_as_zeros(minilm, tmp_path):
+    model, _, anatomy = minilm
+    mask = frozenset(anatomy.outline.layers()["", 2])
+    with pytest.raises(InputError, match=r"zeros cannot say that encoder\.layer\.2 is gone"):
+        save_pruned(model, None, anatomy, mask, tmp_path / "pruned", form="zeroed")
+    saved = save_pruned(copy.deepcopy(model), None, anatomy, frozenset(list(mask)[:1]), tmp_path / "one", form="zeroed")
+    assert (saved.form, saved.difference) == ("zeroed", 0)

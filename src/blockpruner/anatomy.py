@@ -26,7 +26,7 @@ from blockpruner.branches import (
     template,
 )
 from blockpruner.caches import CacheUse, cache_use
-from blockpruner.errors import UnsupportedModelError
+from blockpruner.errors import UnsupportedModelError, is_out_of_memory
 from blockpruner.parts import Anatomy, Layer, Part, Stack
 from blockpruner.probing import (
     MISFIT,
@@ -46,8 +46,14 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
     Cost: eighteen forward passes of 2 x 16 tokens, more where blocks hand on more than the stream, and per layer about
     four of that layer per block. UnsupportedModelError names the layer, what was seen, and why it is no proof.
     """
-    with evaluating(model), torch.no_grad():
-        return _read(model)
+    try:
+        with evaluating(model), torch.no_grad():
+            return _read(model)
+    except MISFIT as error:
+        if is_out_of_memory(error) or isinstance(error, UnsupportedModelError):
+            raise
+        reason = f"{type(model).__name__}: a layer does not run a second time ({type(error).__name__}: {error})"
+        raise UnsupportedModelError(reason, fix="report the model's type and this message") from error
 
 
 def _read(model: PreTrainedModel) -> Anatomy:

@@ -25,7 +25,7 @@ from blockpruner.blocks import Block, Mask
 from blockpruner.errors import CheckFailedError, InputError
 from blockpruner.parts import Anatomy
 from blockpruner.probing import example_inputs
-from blockpruner.repack import repacked
+from blockpruner.repack import Fit, repacked
 from blockpruner.standin import auto_classes, unpruned
 from blockpruner.surgery import prune_, silenced
 
@@ -103,19 +103,27 @@ def save_pruned(
 
 def _forms(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, form: Form | None) -> list[Form]:
     """The forms to try, in order: the one asked for, or stock where it fits and then stand-ins."""
+    gone = [
+        layer for stack in anatomy.stacks for layer in stack.layers if mask.issuperset(p.block for p in layer.parts)
+    ]
+    if form == "zeroed" and (more := [layer.path for layer in gone if layer.parts and not layer.identity]):
+        raise InputError(
+            f"zeros cannot say that {more[0]} is gone: it also has norms or scales on the residual stream",
+            fix="leave one block in that layer, or choose another form",
+        )
     if form in ("zeroed", "stand-ins"):
         return [form]
-    fits = False
+    fit = Fit("it was pruned before")
     if unpruned(type(model)) is type(model):
-        with repacked(model, anatomy, mask) as fits:
+        with repacked(model, anatomy, mask) as fit:
             pass
-    if form == "stock" and not fits:
+    if form == "stock" and not fit:
         raise InputError(
-            "what this plan leaves is not made of whole layers, so there is no stock form of it",
+            f"what this plan leaves has no stock form: {fit.reason}",
             fix="search with --moves layer or --moves stock, or leave out --form",
         )
     stock, stand_ins = FORMS[0], FORMS[1]
-    return [stock] if form == stock else [stock, stand_ins] if fits else [stand_ins]
+    return [stock] if form == stock else [stock, stand_ins] if fit else [stand_ins]
 
 
 def _write(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, folder: Path, form: Form) -> None:

@@ -77,7 +77,7 @@ class Likeness:
 
     def _misfits(self, new: int, trial: Looks) -> Iterator[str]:
         expected = self._expected[new]
-        added = self._added(trial) if new == 0 else {}
+        added = self._added(trial) if new == 0 and self.rest.needed else {}
         path = f"{self.rest.path}.{new}"
         for inner in {**expected, **trial}:
             where = f"{path}.{inner}".rstrip(".")

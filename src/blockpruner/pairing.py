@@ -16,6 +16,10 @@ class Unfit(Exception):
     """No ordinary model has what is left; the text says why."""
 
 
+class HalfLayers(Unfit):
+    """What is left is not whole layers, as after most removals of single blocks."""
+
+
 @dataclass(frozen=True)
 class NewLayer:
     """An ordinary layer made of the mixing half of layer `mixing` and the mlp half of layer `mlp` (indices)."""
@@ -58,7 +62,7 @@ def below(path: str, roots: frozenset[str]) -> bool:
 
 
 def rests(anatomy: Anatomy, mask: Mask) -> list[Rest]:
-    """What `mask` leaves of every stack; Unfit where it is not whole layers."""
+    """What `mask` leaves of every stack; Unfit where it is not whole layers, or none."""
     return [_rest(stack, mask) for stack in anatomy.stacks]
 
 
@@ -67,13 +71,16 @@ def _rest(stack: Stack, mask: Mask) -> Rest:
     if not layers:
         raise Unfit(f"no layer is left of {stack.path}")
     mlps = tuple(frozenset(_mlp_paths(layer)) for layer in stack.layers)
-    needed = tuple(
-        part.block
-        for layer in stack.layers
-        for part in layer.parts
-        if part.block in mask and (part.kept or layer.through.get("keep"))
-    )
+    needed = tuple(block for layer in stack.layers for block in _needed(layer, mask))
     return Rest(stack.path, len(stack.layers), layers, mlps, needed)
+
+
+def _needed(layer: Layer, mask: Mask) -> list[Block]:
+    """The removed blocks of `layer` that others build on; where nothing looks into a layer that is gone, none."""
+    gone = [part for part in layer.parts if part.block in mask]
+    if len(gone) == len(layer.parts) and not layer.shell:
+        return [part.block for part in gone if layer.through.get("keep")]
+    return [part.block for part in gone if part.kept]
 
 
 def _mlp_paths(layer: Layer) -> list[str]:
@@ -82,7 +89,7 @@ def _mlp_paths(layer: Layer) -> list[str]:
 
 
 def repack(stack: Stack, mask: Mask) -> tuple[NewLayer, ...]:
-    """The layers that remain of `stack` without `mask`; Unfit, naming the block, where one is left over."""
+    """The layers that remain of `stack` without `mask`; HalfLayers, naming the block, where one is left over."""
     made: list[NewLayer] = []
     waiting: int | None = None  # a mixing half that has not met its mlp
     for index, layer in enumerate(stack.layers):
@@ -97,9 +104,9 @@ def repack(stack: Stack, mask: Mask) -> tuple[NewLayer, ...]:
             made.append(NewLayer(waiting, index))
             waiting = None
         else:
-            raise Unfit(_alone(stack, waiting, kept))
+            raise HalfLayers(_alone(stack, waiting, kept))
     if waiting is not None:
-        raise Unfit(_alone(stack, waiting, []))
+        raise HalfLayers(_alone(stack, waiting, []))
     return tuple(made)
 
 

@@ -1,6 +1,7 @@
 """The ordinary, smaller model that has what is left of a model, with its weights."""
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -9,9 +10,11 @@ from transformers import PreTrainedModel
 
 from blockpruner.blocks import Mask
 from blockpruner.origins import Origin
-from blockpruner.pairing import Rest, Unfit, rests
+from blockpruner.pairing import HalfLayers, Rest, Unfit, rests
 from blockpruner.parts import Anatomy
 from blockpruner.smaller import smaller
+
+_log = logging.getLogger("blockpruner")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def repacked(model: PreTrainedModel, anatomy: Anatomy, mask: Mask) -> Iterator[F
     try:
         made = smaller_model(model, anatomy, mask)
     except Unfit as error:
+        if not isinstance(error, HalfLayers):
+            _log.warning("no stock form: %s", error)
         yield Fit(str(error))
         return
     own = dict(vars(model))

@@ -140,7 +140,8 @@ class _Search:
         off = sum(abs(length - len(rest.layers)) for length, rest in zip(lengths, self._rests, strict=True))
         if off:
             path = next(rest.path for rest, n in zip(self._rests, lengths, strict=True) if n != len(rest.layers))
-            return Trial(off * _FAR, f"no field of the configuration counts the layers of {path}", lengths, fingerprint)
+            why = f"no field of the configuration counts the layers of {path} alone"
+            return Trial(off * _FAR, why, lengths, fingerprint)
         wrong: list[str] = []
         for likeness, found in zip(self._likeness, stacks, strict=True):
             wrong += itertools.chain.from_iterable(likeness.misfits(found))
