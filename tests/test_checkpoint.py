@@ -132,7 +132,7 @@ def test_a_new_layer_has_the_type_of_its_attention(matrix, removed, expected):
 )
 def test_the_stock_form_is_refused_where_no_whole_layers_are_left(tmp_path, family, removed):
     with pytest.raises(
-        InputError, match="what this plan leaves has no stock form: .*(is left without|alone is no layer)"
+        InputError, match=r"what this plan leaves has no stock form: .*(is left without|alone is no layer)"
     ):
         save(family, removed, tmp_path / "out", form="stock")
     assert not any(tmp_path.iterdir())

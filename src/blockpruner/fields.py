@@ -4,6 +4,7 @@ Nothing here knows what a field means: these are proposals, most likely ones fir
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,16 +43,22 @@ def countings(plain: Mapping[str, Any], rest: Rest) -> Iterator[Changes]:
     """Ways to say that this stack has fewer layers: one field with the lists beside it; several; another field."""
     whole: Changes = {}
     for holder, fields in _configs(plain):
-        counts = {path: n for path, n in _numbers_of(holder, fields, rest) if _says(path[-1], _COUNTS)}
+        named = {path: n for path, n in _numbers_of(holder, fields, rest) if _says(path[-1], _COUNTS)}
         lists = _lists(holder, fields, rest)
-        yield {**lists[0], **counts}
-        for path, number in counts.items():
+        for path, number in named.items():
             yield from ({**cut, path: number} for cut in lists)
         yield lists[0]
-        whole |= {**lists[0], **counts}
+        yield {**lists[0], **named}
+        whole |= {**lists[0], **named}
     yield whole
     for holder, fields in _configs(plain):
         yield from ({path: number} for path, number in _numbers_of(holder, fields, rest))
+
+
+def counts(plain: Mapping[str, Any], rest: Rest) -> Changes:
+    """Every field that seems to count the layers of this stack, with the new number."""
+    found = (one for holder, fields in _configs(plain) for one in _numbers_of(holder, fields, rest))
+    return {path: number for path, number in found if _says(path[-1], _COUNTS)}
 
 
 def _numbers_of(holder: Path, fields: Mapping[str, Any], rest: Rest) -> Iterator[tuple[Path, int]]:
@@ -121,11 +128,20 @@ def _cut(value: Any, rest: Rest, sources: Sequence[int]) -> list[Any]:
     return [[[[each[source] for source in sources], 1]]] if len(each) == rest.before else []
 
 
-def options(plain: Mapping[str, Any], rest: Rest, positions: Positions) -> Iterator[tuple[Path, list[Any]]]:
-    """Every field that a pattern of layers can depend on, and the values to try: those that carry it on first."""
+def options(
+    plain: Mapping[str, Any], rest: Rest, positions: Positions, ratios: Sequence[float]
+) -> Iterator[tuple[Path, list[Any]]]:
+    """Every field that a pattern of layers, or a scale in them, can depend on, and the values to try.
+
+    Values that carry a pattern on come first; ratios: what scales would have to be multiplied with.
+    """
     for holder, fields in _configs(plain):
         for name, value in fields.items():
-            if _says(name, _PATTERN):
+            if isinstance(value, float) and value:
+                near = (math.nextafter(value * ratio, end) for ratio in ratios for end in (0, math.inf))
+                if exact := [value * ratio for ratio in ratios]:
+                    yield (*holder, name), [*exact, *near]
+            elif _says(name, _PATTERN):
                 values = list(_values(name, value, rest, positions))
                 distinct = [v for i, v in enumerate(values) if v not in values[:i]]
                 if distinct:

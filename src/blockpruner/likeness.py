@@ -158,6 +158,19 @@ class Likeness:
                     return f"{path}.{name} is another in every place: it would be {found!r}, not {wanted!r}"
         return None
 
+    def ratios(self, trial: Sequence[Looks]) -> set[float]:
+        """By what factors scales in the layers of a trial would have to be others."""
+        return {
+            wanted / found
+            for expected, layer in zip(self._expected, trial, strict=True)
+            for inner in expected.keys() & layer.keys()
+            for name, wanted in expected[inner].settings.items()
+            if isinstance(found := layer[inner].settings.get(name), float)
+            and isinstance(wanted, float)
+            and found != wanted
+            and found * wanted != 0
+        }
+
     def _places(self) -> Iterator[Place]:
         for inner, look in self._dense[0].items():
             yield from ((inner, name) for name in look.settings)

@@ -6,7 +6,7 @@ If everything pairs up, the model is a stock model with fewer layers; nothing el
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blockpruner.blocks import Block, Mask
 from blockpruner.parts import Anatomy, Layer, Stack
@@ -51,9 +51,21 @@ class Rest:
         made = self.layers[new]
         return made.mlp if below(inner, self.mlps[made.mlp]) else made.mixing
 
+    def uses(self, layer: int) -> bool:
+        """Whether either half of this layer of the whole model is in a new one."""
+        return any(layer in (made.mixing, made.mlp) for made in self.layers)
+
+    def without_need(self) -> "Rest":
+        return replace(self, needed=())
+
     def sources(self, *, mlp: bool = False) -> list[int]:
         """Of each new layer, the layer of the whole model that gives the half in question."""
         return [made.mlp if mlp else made.mixing for made in self.layers]
+
+
+def untouched(path: str, layers: int) -> Rest:
+    """All of a stack of which nothing is removed."""
+    return Rest(path, layers, tuple(NewLayer(i, i) for i in range(layers)), (frozenset(),) * layers, ())
 
 
 def below(path: str, roots: frozenset[str]) -> bool:

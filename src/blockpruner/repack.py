@@ -5,13 +5,15 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.blocks import Mask
 from blockpruner.origins import Origin
-from blockpruner.pairing import HalfLayers, Rest, Unfit, rests
+from blockpruner.pairing import HalfLayers, Rest, Unfit, rests, untouched
 from blockpruner.parts import Anatomy
+from blockpruner.probing import MISFIT, example_inputs, first_tensor, replaced, stood_in
 from blockpruner.smaller import smaller
 
 _log = logging.getLogger("blockpruner")
@@ -37,13 +39,16 @@ def smaller_model(model: PreTrainedModel, anatomy: Anatomy, mask: Mask) -> PreTr
     left = rests(anatomy, mask)
     if not any(rest.cut for rest in left):
         return model
-    for rest in left:
-        for block in rest.needed:
-            if block.layer > 0 or 0 in rest.sources() + rest.sources(mlp=True):
-                raise Unfit(f"{block} makes what other layers need")
-    made, origins = smaller(model, left)
-    for rest in left:
-        if rest.needed and not _hands_on(rest, origins):
+    missed = [rest for rest in left if rest.needed]
+    if missed and _works_without(model, anatomy, mask, left):
+        left, missed = [rest.without_need() for rest in left], []
+    for rest in missed:
+        if any(block.layer > 0 for block in rest.needed) or rest.uses(0):
+            raise Unfit(f"{rest.needed[0]} makes what other layers need")
+    others = [untouched(path, len(list(model.get_submodule(path).children()))) for path in anatomy.left]
+    made, origins = smaller(model, [*left, *others])
+    for rest in missed:
+        if not _hands_on(rest, origins):
             raise Unfit(f"{rest.needed[0]} makes what other layers need")
     tensors = _tensors(model)
     made.load_state_dict({name: origin.taken(tensors[origin.name]) for name, origin in origins.items()}, assign=True)
@@ -51,6 +56,28 @@ def smaller_model(model: PreTrainedModel, anatomy: Anatomy, mask: Mask) -> PreTr
         if name in vars(model):
             setattr(made, name, vars(model)[name])
     return made
+
+
+def _works_without(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, left: list[Rest]) -> bool:
+    """Whether `model` computes the same with its lists of layers cut as with stand-ins, so that nothing is missed.
+
+    A stand-in may have to let a layer run for no more than an attribute that somebody reads.
+    """
+    inputs = example_inputs(model)
+    lists = {
+        rest.path: nn.ModuleList(model.get_submodule(f"{rest.path}.{source}") for source in rest.sources())
+        for rest in left
+        if rest.cut and rest.sources() == rest.sources(mlp=True)
+    }
+    with torch.no_grad():
+        with stood_in(model, anatomy.stand_ins(mask)):
+            expected = first_tensor(model(**inputs)[0])
+        try:
+            with replaced(model, lists):
+                found = first_tensor(model(**inputs)[0])
+        except MISFIT:
+            return False
+    return found is not None and expected is not None and torch.equal(found, expected)
 
 
 def _hands_on(rest: Rest, origins: Mapping[str, Origin]) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from blockpruner.errors import InputError
-from blockpruner.fields import Changes, Path, changed, copied, countings, options
+from blockpruner.fields import Changes, Path, changed, copied, countings, counts, options
 from blockpruner.likeness import Likeness, looks
 from blockpruner.origins import Origin, Origins
 from blockpruner.pairing import Rest, Unfit
@@ -31,7 +31,8 @@ class Trial:
     """What came of some changes.
 
     off: how far it is from what is wanted, 0 when nothing is wrong; why: what is wrong first; lengths: layers per
-    stack; fingerprint: equal for equal layers; hopeless: what is wrong depends on nothing but a layer's place.
+    stack; fingerprint: equal for equal models; hopeless: what is wrong depends on nothing but a layer's place; ratios:
+    by what factors scales inside the layers would have to be others.
     """
 
     off: float
@@ -39,6 +40,7 @@ class Trial:
     lengths: tuple[int, ...] = ()
     fingerprint: int = 0
     hopeless: bool = False
+    ratios: tuple[float, ...] = ()
     model: PreTrainedModel | None = field(default=None, repr=False)
     origins: Mapping[str, Origin] = field(default_factory=dict[str, Origin])
 
@@ -76,14 +78,22 @@ class _Search:
                     break
                 changes, best = self._improved(changes, best, [counting])
         counted = all(length == len(rest.layers) for length, rest in zip(best.lengths, self._rests, strict=True))
-        mended = self._mended(changes, best) if counted and best.off and not best.hopeless else best
-        return best if mended.off else mended
+        if counted and best.off and not best.hopeless:
+            mended = self._mended(changes, best)
+            return best if mended.off else mended
+        return best if best.off else self._consistent(changes, best)
+
+    def _consistent(self, changes: Changes, best: Trial) -> Trial:
+        """With every other field changed that says how many layers there are, and of which the model makes nothing."""
+        copies = {path: n for rest in self._rests if rest.cut for path, n in counts(self._plain, rest).items()}
+        trial = self._trial({**copies, **changes})
+        return trial if trial.fingerprint == best.fingerprint and not trial.off else best
 
     def _mended(self, changes: Changes, best: Trial) -> Trial:
         """Other fields changed too: one at a time, then two at a time of those that make a difference."""
         tries: dict[Path, list[Changes]] = {}
         for rest, likeness in zip(self._rests, self._likeness, strict=True):
-            for path, values in options(self._plain, rest, likeness.positions()) if rest.cut else ():
+            for path, values in options(self._plain, rest, likeness.positions(), best.ratios) if rest.cut else ():
                 if type(changes.get(path)) is not int:  # else it counts layers
                     tries.setdefault(path, []).extend({path: value} for value in values)
         changes, best = self._descended(changes, best, [one for ones in tries.values() for one in ones[:2]])
@@ -136,7 +146,7 @@ class _Search:
     def _judged(self, made: PreTrainedModel) -> Trial:
         stacks = [[looks(layer) for layer in _layers(made, rest)] for rest in self._rests]
         lengths = tuple(map(len, stacks))
-        fingerprint = hash(repr(stacks)) or 1
+        fingerprint = hash(repr((stacks, [(path, type(module)) for path, module in made.named_modules()]))) or 1
         off = sum(abs(length - len(rest.layers)) for length, rest in zip(lengths, self._rests, strict=True))
         if off:
             path = next(rest.path for rest, n in zip(self._rests, lengths, strict=True) if n != len(rest.layers))
@@ -151,7 +161,9 @@ class _Search:
         origins, unknown = self._origins.of(made)
         if wrong or unknown:
             why = f"no configuration with these layers was found; in the nearest, {(wrong + unknown)[0]}"
-            return Trial(len(wrong) + len(unknown), why, lengths, fingerprint)
+            pairs = zip(self._likeness, stacks, strict=True)
+            ratios = {ratio for likeness, found in pairs for ratio in likeness.ratios(found)}
+            return Trial(len(wrong) + len(unknown), why, lengths, fingerprint, ratios=tuple(sorted(ratios)))
         return Trial(0, "", lengths, fingerprint, model=made, origins=origins)
 
 
