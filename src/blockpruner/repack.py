@@ -13,7 +13,7 @@ from blockpruner.blocks import Mask
 from blockpruner.origins import Origin
 from blockpruner.pairing import HalfLayers, Rest, Unfit, rests, untouched
 from blockpruner.parts import Anatomy
-from blockpruner.probing import MISFIT, example_inputs, first_tensor, replaced, stood_in
+from blockpruner.probing import MISFIT, evaluating, example_inputs, first_tensor, replaced, stood_in
 from blockpruner.smaller import smaller
 
 _log = logging.getLogger("blockpruner")
@@ -69,9 +69,10 @@ def _works_without(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, left: l
         for rest in left
         if rest.cut and rest.sources() == rest.sources(mlp=True)
     }
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         with stood_in(model, anatomy.stand_ins(mask)):
             expected = first_tensor(model(**inputs)[0])
+        model(**{name: ids.flip(1) for name, ids in inputs.items()})  # what modules remember is of other tokens
         try:
             with replaced(model, lists):
                 found = first_tensor(model(**inputs)[0])
