@@ -365,7 +365,7 @@ def test_a_plan_that_cannot_be_used_is_refused(prune, run, checkpoint):
 
 def test_a_place_or_form_that_cannot_be_is_refused(prune, checkpoint):
     refused(prune("--form", "stok"), "'stok' is not a known form of checkpoint", "did you mean 'stock'?")
-    refused(prune("--form", "stock"), "not made of whole layers", "--moves stock")
+    refused(prune("--form", "stock"), "what this plan leaves has no stock form", "--moves stock")
     refused(prune(out=checkpoint / "cut"), "lies in the source model", "write to a folder outside the source")
     refused(prune(out="."), ". already exists", "name a new folder")
     assert not (checkpoint / "cut").exists()
