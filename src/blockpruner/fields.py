@@ -16,7 +16,8 @@ Positions = Sequence[tuple[int, ...]]  # sets of new layers that have something 
 
 _COUNTS = ("layer", "depth", "block")  # what names of fields that count layers have in them
 _MLP = ("mlp", "moe", "dense", "sparse")  # ... of lists that describe the mlp half of each layer
-_LAYERS = (*_COUNTS, "idx", "ids", "indices")  # ... of lists of layer numbers
+_NAMES = ("layers", "n_layer", "blocks")  # ... in which it can mean nothing else
+_LAYERS = (*_COUNTS, "idx")  # ... of lists of layer numbers
 # ... of what a pattern of layers can depend on
 _PATTERN = (*_LAYERS, "mlp", "dense", "sparse", "period", "offset", "step", "freq", "every", "interval", "pattern")
 _PATTERN = (*_PATTERN, "first", "skip", "start", "hybrid", "stride", "type")
@@ -56,9 +57,9 @@ def countings(plain: Mapping[str, Any], rest: Rest) -> Iterator[Changes]:
 
 
 def counts(plain: Mapping[str, Any], rest: Rest) -> Changes:
-    """Every field that seems to count the layers of this stack, with the new number."""
+    """Every field that must be a count of layers, and is of as many as this stack has; with the new number."""
     found = (one for holder, fields in _configs(plain) for one in _numbers_of(holder, fields, rest))
-    return {path: number for path, number in found if _says(path[-1], _COUNTS)}
+    return {path: number for path, number in found if _says(path[-1], _NAMES)}
 
 
 def _numbers_of(holder: Path, fields: Mapping[str, Any], rest: Rest) -> Iterator[tuple[Path, int]]:
@@ -79,6 +80,8 @@ def _lists(holder: Path, fields: Mapping[str, Any], rest: Rest) -> list[Changes]
     for start, entries in ((0, True), (1, True), (0, False)):
         changes: Changes = {}
         for name, value in fields.items():
+            if _says(name, ["token"]):
+                continue
             sources = rest.sources(mlp=_says(name, _MLP))
             cuts = _renumbered(name, value, rest, sources, start) or (entries and _cut(value, rest, sources))
             if cuts and cuts[0] != value:

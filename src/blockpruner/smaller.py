@@ -8,7 +8,7 @@ plain attributes, and all its tensors can be had from the whole model.
 import itertools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,11 +77,11 @@ class _Search:
                 if best.lengths[number] == len(rest.layers):
                     break
                 changes, best = self._improved(changes, best, [counting])
-        counted = all(length == len(rest.layers) for length, rest in zip(best.lengths, self._rests, strict=True))
-        if counted and best.off and not best.hopeless:
-            mended = self._mended(changes, best)
-            return best if mended.off else mended
-        return best if best.off else self._consistent(changes, best)
+        if best.lengths != tuple(len(rest.layers) for rest in self._rests):
+            refused = next((trial.why for trial in self._tried.values() if not trial.lengths), "")
+            return replace(best, why=f"{best.why}; transformers says of one that may: {refused}") if refused else best
+        mended, found = self._mended(changes, best) if best.off and not best.hopeless else (changes, best)
+        return best if found.off else self._consistent(mended, found)
 
     def _consistent(self, changes: Changes, best: Trial) -> Trial:
         """With every other field changed that says how many layers there are, and of which the model makes nothing."""
@@ -89,7 +89,7 @@ class _Search:
         trial = self._trial({**copies, **changes})
         return trial if trial.fingerprint == best.fingerprint and not trial.off else best
 
-    def _mended(self, changes: Changes, best: Trial) -> Trial:
+    def _mended(self, changes: Changes, best: Trial) -> tuple[Changes, Trial]:
         """Other fields changed too: one at a time, then two at a time of those that make a difference."""
         tries: dict[Path, list[Changes]] = {}
         for rest, likeness in zip(self._rests, self._likeness, strict=True):
@@ -100,7 +100,7 @@ class _Search:
         live = [ones for ones in tries.values() if best.off and self._matters(changes, best, ones)]
         changes, best = self._descended(changes, best, [one for ones in live for one in ones])
         pairs = ({**a, **b} for some, others in itertools.combinations(live, 2) for a in some for b in others)
-        return self._improved(changes, best, pairs)[1]
+        return self._improved(changes, best, pairs)
 
     def _matters(self, changes: Changes, best: Trial, ones: Iterable[Changes]) -> bool:
         trials = (self._trial({**changes, **one}) for one in ones)
@@ -146,7 +146,7 @@ class _Search:
     def _judged(self, made: PreTrainedModel) -> Trial:
         stacks = [[looks(layer) for layer in _layers(made, rest)] for rest in self._rests]
         lengths = tuple(map(len, stacks))
-        fingerprint = hash(repr((stacks, [(path, type(module)) for path, module in made.named_modules()]))) or 1
+        fingerprint = hash(repr(looks(made))) or 1
         off = sum(abs(length - len(rest.layers)) for length, rest in zip(lengths, self._rests, strict=True))
         if off:
             path = next(rest.path for rest, n in zip(self._rests, lengths, strict=True) if n != len(rest.layers))
