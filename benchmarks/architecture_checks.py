@@ -288,7 +288,7 @@ def layer_cases(model: Model, anatomy: Anatomy, inputs: Inputs, scratch: Path) -
                 continue
             if fits:
                 save_file({"logits": expected}, scratch / name / "expected")
-            yield case if fits else case | {"outcome": "no configuration describes what is left"}
+            yield case if fits else case | {"outcome": f"no stock model: {fits.reason}"}
 
 
 def block_case(

@@ -99,7 +99,7 @@ def test_totals_count_architectures_and_wrong_comparisons(module):
         "remote": "differs by 1",
         "wrong": ["a", "b"],
         "generation": {"dynamic": {"before": "equal", "after": "differs by 1"}},
-        "layer_reload": {"0": "equal", "2": "no configuration describes what is left"},
+        "layer_reload": {"0": "equal", "2": "no stock model: attention.2 makes what other layers need"},
     }
     refused = {"architecture": "masked/c", "instantiated": True, "proved": False, "reason": "it folds its stream"}
     rows = [good, worse, refused, {"architecture": "masked/d", "instantiated": False, "reason": "ImportError"}]

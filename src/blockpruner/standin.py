@@ -8,7 +8,7 @@ for the tokens it has seen (two numbers per token), or ones of the slot's own sh
 
 `config.json` of such a checkpoint has a model type that stock transformers does not know, so that nothing can load
 it by accident and fill the missing tensors with random numbers. It loads after `import blockpruner`, or with
-`trust_remote_code=True`, which runs this file.
+`trust_remote_code=True`, which runs this file. What differs between versions of transformers is dealt with here alone.
 """
 
 import copy
@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 from transformers.models.auto import configuration_auto, modeling_auto
 
 MODEL_TYPE = "blockpruner"
@@ -139,6 +139,21 @@ def _write_state(cache: Any, index: int, state: int, hidden: Tensor) -> None:
     held = slot.conv_states[state] if isinstance(slot.conv_states, dict) else slot.conv_states  # dict: newer ones
     tokens = hidden.shape[1] if getattr(slot, "record_past", False) else 1
     cache.update_conv_state(ghost.expand(-1, 1 if held is None else held.shape[1], tokens), index, state_idx=state)
+
+
+def is_own_kind(value: Any) -> bool:
+    """Whether this is a cache of a class of the model's own, as hybrid models of older transformers have."""
+    return hasattr(value, "get_seq_length") and not isinstance(value, (Cache, EncoderDecoderCache))
+
+
+def held_by(cache: Any) -> dict[tuple[str, int], tuple[int, int] | None]:
+    """What each place of each list in such a cache holds, values apart: tensors by identity and number of changes."""
+    held: dict[tuple[str, int], tuple[int, int] | None] = {}
+    for name, places in vars(cache).items():
+        if isinstance(places, (list, dict)) and name != "value_cache":
+            for slot, tensor in enumerate(places) if isinstance(places, list) else places.items():
+                held[name, slot] = (id(tensor), tensor._version) if isinstance(tensor, Tensor) else None
+    return held
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
