@@ -268,14 +268,17 @@ def dense_case(model: Model, dense: Tensor, scratch: Path) -> dict[str, Any]:
 
 
 def layer_cases(model: Model, anatomy: Anatomy, inputs: Inputs, scratch: Path) -> Iterator[dict[str, Any]]:
-    """Stock checkpoints without one layer: of each stack the first, and one in the middle."""
+    """Stock checkpoints without one layer: of each stack the first, and one in the middle, of those on offer.
+
+    Not on offer are layers that go on running when they are removed, since others need what they make.
+    """
     for stack in anatomy.stacks:
-        for index in (0, len(stack.layers) // 2):
+        offered = [i for i, layer in enumerate(stack.layers) if layer.parts and not any(p.kept for p in layer.parts)]
+        middle = min(offered, key=lambda index: abs(index - len(stack.layers) // 2), default=0)
+        for index in sorted({*offered[:1], middle} if offered else ()):
             layer = stack.layers[index]
             name = f"layer {f'{stack.name}.' if stack.name else ''}{index}"
             mask = frozenset(blocks_of(layer))
-            if not mask:
-                continue
             case: dict[str, Any] = {"name": name, "class": type(model).__name__, "folder": str(scratch / name)}
             try:
                 with skipped(model, mask, anatomy=anatomy):
