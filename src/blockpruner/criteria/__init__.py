@@ -1,0 +1,1 @@
+"""The shelf of criteria: one file per method, one line here."""
