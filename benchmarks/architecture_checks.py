@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from blockpruner.anatomy import Anatomy, Layer, Stack, read_anatomy
 from blockpruner.blocks import Block, format_mask
 from blockpruner.errors import BlockprunerError
-from blockpruner.objective import LossObjective
+from blockpruner.examples import examples_of
+from blockpruner.objective import ModelObjective
 from blockpruner.repack import repacked
 from blockpruner.surgery import prune_, skipped
 
@@ -330,7 +331,7 @@ def block_case(
 def mask_tree(model: Model, anatomy: Anatomy, findings: Findings) -> str:
     """`used`, or why the objective takes plain passes; its losses are compared with others in either case."""
     windows = torch.randint(16, 128, (WINDOWS, WINDOW), generator=torch.Generator().manual_seed(3))
-    objective = LossObjective(model, anatomy, windows)
+    objective = ModelObjective(model, anatomy, examples_of(model, windows))
     blocks = list(anatomy.parts)
     masks = [frozenset[Block](), *(frozenset(blocks[start::3][:2]) for start in range(3)), frozenset(blocks[-2:])]
     masks = list(dict.fromkeys(masks))

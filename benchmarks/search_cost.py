@@ -261,8 +261,9 @@ def exhaustive(options: argparse.Namespace) -> dict[str, Any]:
     """The same search on the mask tree; its dense evaluation, which the loop does not make, is counted too."""
     from blockpruner.console import Progress
     from blockpruner.models import load
-    from blockpruner.pipeline import find_plan, open_subject, prepare
+    from blockpruner.pipeline import find_plan, prepare
     from blockpruner.searching import Stop
+    from blockpruner.subject import open_subject
 
     subject = open_subject(load(options.model, dtype=options.dtype))
     times, show_progress = options.run / "search" / "seconds.jsonl", Progress()
@@ -293,7 +294,7 @@ def exhaustive(options: argparse.Namespace) -> dict[str, Any]:
     if plan.stop_reason != Stop.TARGET or plan.work is None or final is None:
         raise SystemExit("the search did not finish")
     return {
-        "settings": settings(options, task.calibration.record.fingerprint),
+        "settings": settings(options, task.data.record.fingerprint),
         "removed": [name for step in plan.steps for name in step.remove],
         **plan.work.model_dump(),
         "final_loss": final.value,

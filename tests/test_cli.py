@@ -18,11 +18,13 @@ from blockpruner import checkpoint as checkpoints
 from blockpruner import cli, demo, exits, models, pipeline
 from blockpruner.artifacts import run_folder, write_json
 from blockpruner.console import say
+from blockpruner.criteria import CRITERIA
 from blockpruner.errors import CheckFailedError
 from blockpruner.evaluation.quality import Evaluation
 from blockpruner.models import load
-from blockpruner.pipeline import open_subject
+from blockpruner.objectives import OBJECTIVES
 from blockpruner.plan import Plan
+from blockpruner.subject import open_subject
 
 APP: Any = typer.main.get_command(cli.app)
 FLOAT32 = ("--dtype", "float32", "--device", "cpu")
@@ -238,12 +240,13 @@ def test_demo_does_the_whole_job_and_fails_where_random_is_as_good(run, checkpoi
 def test_list_says_what_can_be_asked_for(run):
     done = run("list")
     assert done.code == 0
-    for name in ("exhaustive", "random", "attention", "stock", "greedy = exhaustive", "params=-25%"):
+    for name in ("exhaustive", "random", "attention", "stock", "the same as exhaustive", "params=-25%", "shapley"):
         assert name in done.out
     value = json.loads(run("list", "--json").out)
-    assert value["objectives"] == list(pipeline.OBJECTIVES)
-    assert {entry["name"] for entry in value["searches"]} == {"exhaustive", "random"}
-    assert {entry["name"] for entry in value["moves"]} == {"block", "attention", "mlp", "layer", "stock"}
+    names = {shelf: [row["name"] for row in rows] for shelf, rows in value.items()}
+    assert (names["objectives"], names["criteria"]) == (list(OBJECTIVES), list(CRITERIA))
+    assert set(names["searches"]) == {"exhaustive", "random", "greedy"}
+    assert set(names["moves"]) == {"block", "attention", "mlp", "layer", "stock", "span=N"}
 
 
 def test_the_version_is_that_of_the_package(run):

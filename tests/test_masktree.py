@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, VOCABULARY, anatomy_of, shared, token_ids
+from tiny import FAMILIES, anatomy_of, shared, token_ids
 from torch.nn.functional import cross_entropy
 
 from blockpruner import masktree
@@ -24,8 +24,17 @@ def tree_of(family):
     return MaskTree(shared(family), anatomy_of(family))
 
 
-def sweep(family, masks, windows):
-    return dict(tree_of(family).losses(masks, windows))
+def losses(tree, masks, windows, at_once=5):
+    """Each mask with its token losses [windows, tokens - 1], from what the tree puts out, some positions at a time."""
+    inputs = {"input_ids": windows}
+    for mask, state in tree.final_states(masks, inputs).items():
+        parts = torch.arange(windows.shape[1] - 1).split(at_once)
+        logits = torch.cat([tree.outputs(state, inputs, positions) for positions in parts], dim=1)
+        yield mask, cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
+
+
+def sweep(family, masks, windows, at_once=5):
+    return dict(losses(tree_of(family), masks, windows, at_once))
 
 
 @torch.no_grad()
@@ -100,7 +109,7 @@ def test_a_mask_given_twice_is_evaluated_and_counted_once():
     mask = parse_mask("attention.1")
     assert list(sweep("llama", [mask, mask], token_ids())) == [mask]
     layers = tree_of("llama").layers
-    assert sweep_work(layers, [mask, mask], 2, 16) == sweep_work(layers, [mask], 2, 16)
+    assert sweep_work(layers, [mask, mask], 32) == sweep_work(layers, [mask], 32)
 
 
 @pytest.mark.parametrize("length", [2, 3])
@@ -114,28 +123,14 @@ def test_one_window_alone_works():
 
 @pytest.mark.parametrize("positions", [1, 2, 7, 10**6])
 @pytest.mark.parametrize("family", ["gemma2", "opt"])
-def test_how_many_positions_the_head_sees_at_once_does_not_matter(monkeypatch, family, positions):
+def test_how_many_positions_the_head_sees_at_once_does_not_matter(family, positions):
     mask, windows = parse_mask("attention.2"), token_ids(3, 12)
     expected = sweep(family, [mask], windows)[mask]
-    monkeypatch.setattr(masktree, "HEAD_POSITIONS", positions)
-    torch.testing.assert_close(sweep(family, [mask], windows)[mask], expected, atol=1e-5, rtol=0)
-
-
-def test_no_more_logits_exist_at_once_than_asked_for(monkeypatch):
-    model, windows = shared("llama"), token_ids(3, 40)
-    monkeypatch.setattr(masktree, "HEAD_POSITIONS", 12)
-    sizes = []
-    handle = model.lm_head.register_forward_hook(lambda _module, _given, output: sizes.append(output.numel()))
-    try:
-        sweep("llama", [DENSE], windows)
-    finally:
-        handle.remove()
-    assert max(sizes) <= 12 * VOCABULARY
-    assert sum(sizes) == 3 * 39 * VOCABULARY
+    torch.testing.assert_close(sweep(family, [mask], windows, positions)[mask], expected, atol=1e-5, rtol=0)
 
 
 def watch_work(family, masks, windows):
-    """What a sweep has the model's own modules do: tokens through attention, mlp and head."""
+    """What a sweep has the model's own modules do: tokens through attention and mlp."""
     model, anatomy = shared(family), anatomy_of(family)
     counts = Counter()
     width = model.config.hidden_size
@@ -149,7 +144,6 @@ def watch_work(family, masks, windows):
         model.get_submodule(part.path).register_forward_hook(count(block.kind, width))
         for block, part in anatomy.parts.items()
     ]
-    handles.append(model.get_output_embeddings().register_forward_hook(count("head", VOCABULARY)))
     try:
         sweep(family, masks, windows)
     finally:
@@ -167,10 +161,9 @@ def test_the_counted_work_is_the_work_that_is_done(family):
         random_masks(family, 9, seed=5),
         [frozenset(blocks_of(family))],
     ):
-        counted = sweep_work(tree_of(family).layers, masks, *windows.shape)
+        counted = sweep_work(tree_of(family).layers, masks, windows.numel())
         seen = watch_work(family, masks, windows)
         assert (counted.attention_tokens, counted.mlp_tokens) == (seen["attention"], seen["mlp"])
-        assert counted.head_tokens == seen["head"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -179,7 +172,7 @@ def test_an_exhaustive_greedy_step_costs_a_half_and_one_nth_of_a_pass_per_candid
     blocks = blocks_of(family)
     before, candidates = frozenset(blocks[:gone]), blocks[gone:]
     masks = [before | {block} for block in candidates]
-    work = sweep_work(tree_of(family).layers, masks, 1, 1)
+    work = sweep_work(tree_of(family).layers, masks, 1)
     n = len(candidates)
     assert work.attention_tokens + work.mlp_tokens <= (1 / 2 + 1 / n) * n * n
     assert work.head_tokens == 0
@@ -197,7 +190,7 @@ def test_states_are_freed_as_the_sweep_walks_on(monkeypatch):
         return result
 
     monkeypatch.setattr(MaskTree, "_step", watched)
-    states = tree_of("gemma3").final_states(masks, token_ids(2, 8))
+    states = tree_of("gemma3").final_states(masks, {"input_ids": token_ids(2, 8)})
     assert max(alive) <= len(masks) + 1
     assert len(born) > 2 * len(masks)
     del states
@@ -223,7 +216,7 @@ def test_the_model_is_left_as_it_was_also_after_an_exception(place):
         raise Trouble
 
     def read():
-        for _ in tree.losses([parse_mask("mlp.1"), parse_mask("attention.2"), DENSE], windows):
+        for _ in losses(tree, [parse_mask("mlp.1"), parse_mask("attention.2"), DENSE], windows):
             if place == "the reader of the results":
                 raise Trouble
 
@@ -237,4 +230,4 @@ def test_the_model_is_left_as_it_was_also_after_an_exception(place):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not any(isinstance(value, (torch.Tensor, masktree.Call)) for value in held_by(tree))
     assert torch.equal(model(windows).logits, expected)
-    assert set(dict(tree.losses([DENSE], windows))) == {DENSE}
+    assert set(dict(losses(tree, [DENSE], windows))) == {DENSE}

@@ -6,17 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, HIDDEN, anatomy_of, shared, token_ids
-from torch.nn.functional import cross_entropy
-from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForMaskedLM, LlamaModel
+import zoo
+from tiny import FAMILIES, HIDDEN, VOCABULARY, anatomy_of, randomise, shared, token_ids
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
+from transformers import BertConfig, BertModel, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
+from blockpruner import objective
 from blockpruner.anatomy import read_anatomy
 from blockpruner.artifacts import Work
 from blockpruner.blocks import parse_mask
 from blockpruner.errors import InputError
+from blockpruner.examples import IGNORED, Signs, examples_of
 from blockpruner.masktree import MaskTree
-from blockpruner.objective import LossObjective
+from blockpruner.objective import ModelObjective
+from blockpruner.objectives.embedding import Embedding
+from blockpruner.objectives.jensen_shannon import JensenShannon
+from blockpruner.objectives.kl import KL
+from blockpruner.objectives.logit_distance import LogitDistance
+from blockpruner.objectives.loss import Loss
 from blockpruner.surgery import skipped
 
 DENSE = frozenset()
@@ -24,6 +32,10 @@ MASKS = [
     DENSE,
     *map(parse_mask, ["attention.0", "mlp.0", "attention.0+mlp.0", "mlp.1+attention.3", "attention.2", "mlp.3"]),
 ]
+
+
+def loss_of(model, anatomy, windows, **options):
+    return ModelObjective(model, anatomy, examples_of(model, windows), **options)
 
 
 @torch.no_grad()
@@ -34,47 +46,47 @@ def plain(model, anatomy, mask, windows):
     return cross_entropy(logits[:, :-1].transpose(1, 2), windows[:, 1:], reduction="none").mean(dim=1).tolist()
 
 
-def all_losses(objective, masks):
+def all_losses(found, masks):
     """mask -> the loss of every window, over all micro-batches."""
-    batches = [list(objective.losses(masks, batch)) for batch in range(objective.batches)]
+    batches = [list(found.losses(masks, batch)) for batch in range(found.batches)]
     return {mask: [loss for rows in batches for loss in rows[i]] for i, mask in enumerate(masks)}
 
 
-def assert_right(objective, masks):
-    for mask, losses in all_losses(objective, masks).items():
-        expected = plain(objective.model, objective.anatomy, mask, objective.windows)
+def assert_right(found, masks):
+    for mask, losses in all_losses(found, masks).items():
+        expected = plain(found.model, found.anatomy, mask, found.examples.inputs["input_ids"])
         assert losses == pytest.approx(expected, abs=2e-5), mask
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi", "qwen2-moe"])
 def test_the_loss_of_a_window_is_the_mean_over_its_tokens(family):
-    objective = LossObjective(shared(family), anatomy_of(family), token_ids(5, 12), batch_tokens=24)
-    assert objective.fallback == ""
-    assert objective.batches == 3
-    assert_right(objective, MASKS)
+    found = loss_of(shared(family), anatomy_of(family), token_ids(5, 12), batch_tokens=24)
+    assert found.fallback == ""
+    assert found.batches == 3
+    assert_right(found, MASKS)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_the_loss_of_a_mask_has_the_same_bits_alone_and_among_others(family):
-    objective = LossObjective(shared(family), anatomy_of(family), token_ids(5, 12), batch_tokens=24)
-    among = all_losses(objective, MASKS)
-    assert all(all_losses(objective, [mask]) == {mask: losses} for mask, losses in among.items())
-    assert all_losses(objective, MASKS[::-1]) == among
+    found = loss_of(shared(family), anatomy_of(family), token_ids(5, 12), batch_tokens=24)
+    among = all_losses(found, MASKS)
+    assert all(all_losses(found, [mask]) == {mask: losses} for mask, losses in among.items())
+    assert all_losses(found, MASKS[::-1]) == among
 
 
 def test_windows_longer_than_a_micro_batch_are_evaluated_one_by_one():
-    objective = LossObjective(shared("llama"), anatomy_of("llama"), token_ids(3, 12), batch_tokens=5)
-    assert objective.batches == 3
-    assert_right(objective, MASKS[:2])
+    found = loss_of(shared("llama"), anatomy_of("llama"), token_ids(3, 12), batch_tokens=5)
+    assert found.batches == 3
+    assert_right(found, MASKS[:2])
 
 
 def test_bfloat16_models_use_the_tree_too():
     model = FAMILIES["gemma3"]().to(torch.bfloat16)
-    objective = LossObjective(model, read_anatomy(model), token_ids(2, 20))
-    assert objective.fallback == ""
+    found = loss_of(model, read_anatomy(model), token_ids(2, 20))
+    assert found.fallback == ""
     mask = parse_mask("attention.1")
-    expected = plain(model, objective.anatomy, mask, token_ids(2, 20))
-    assert all_losses(objective, [mask])[mask] == pytest.approx(expected, abs=0.05)
+    expected = plain(model, found.anatomy, mask, token_ids(2, 20))
+    assert all_losses(found, [mask])[mask] == pytest.approx(expected, abs=0.05)
 
 
 class Talker(LlamaDecoderLayer):
@@ -110,12 +122,12 @@ def planted(talker=0, listeners=(2, 3)):
 def test_a_side_channel_between_layers_is_found_and_plain_passes_are_used(caplog, talker):
     model = planted(talker, listeners=range(talker + 1, 4))
     with caplog.at_level(logging.WARNING, "blockpruner"):
-        objective = LossObjective(model, read_anatomy(model), token_ids(3, 12))
-    assert "differs by" in objective.fallback
+        found = loss_of(model, read_anatomy(model), token_ids(3, 12))
+    assert "differs by" in found.fallback
     assert [record.getMessage() for record in caplog.records] == [
-        f"plain forward passes instead of the mask tree: {objective.fallback}"
+        f"plain forward passes instead of the mask tree: {found.fallback}"
     ]
-    assert_right(objective, MASKS)
+    assert_right(found, MASKS)
 
 
 class Strict(LlamaDecoderLayer):
@@ -137,9 +149,9 @@ def test_a_layer_that_the_tree_cannot_call_is_no_obstacle():
     layer.__class__, layer.armed, layer.seen = Strict, False, None
     anatomy = read_anatomy(model)
     layer.armed = True
-    objective = LossObjective(model, anatomy, token_ids(3, 12))
-    assert objective.fallback == "it stops with ValueError: called twice"
-    assert_right(objective, MASKS)
+    found = loss_of(model, anatomy, token_ids(3, 12))
+    assert found.fallback == "it stops with ValueError: called twice"
+    assert_right(found, MASKS)
 
 
 class InPlace(LlamaDecoderLayer):
@@ -159,18 +171,18 @@ def test_layers_that_change_their_input_in_place_are_evaluated_right(changed):
         model.model.layers[index].__class__ = InPlace
     anatomy = read_anatomy(model)
     assert set(anatomy.parts) == set(anatomy_of("llama").parts)
-    objective = LossObjective(model, anatomy, token_ids(3, 12))
-    assert objective.fallback == ""
-    assert_right(objective, MASKS)
+    found = loss_of(model, anatomy, token_ids(3, 12))
+    assert found.fallback == ""
+    assert_right(found, MASKS)
 
 
 def test_the_tree_costs_about_half_and_plain_passes_are_counted_as_such():
     windows = token_ids(3, 12)
     blocks = anatomy_of("llama").outline.blocks
     masks = [frozenset([block]) for block in blocks]
-    tree = LossObjective(shared("llama"), anatomy_of("llama"), windows).work(masks)
+    tree = loss_of(shared("llama"), anatomy_of("llama"), windows).work(masks)
     model = planted()
-    passes = LossObjective(model, read_anatomy(model), windows).work(masks)
+    passes = loss_of(model, read_anatomy(model), windows).work(masks)
     each = len(blocks) // 2 * len(blocks) - len(blocks) // 2
     assert passes == Work(attention_tokens=each * 36, mlp_tokens=each * 36, head_tokens=len(blocks) * 33)
     assert tree.head_tokens == passes.head_tokens
@@ -178,32 +190,110 @@ def test_the_tree_costs_about_half_and_plain_passes_are_counted_as_such():
 
 
 BERT = BertConfig(vocab_size=64, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-BART = BartConfig(
-    vocab_size=64,
-    d_model=HIDDEN,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    decoder_start_token_id=1,
-)
+
+
+def test_no_more_logits_exist_at_once_than_asked_for(monkeypatch):
+    model = shared("llama")
+    monkeypatch.setattr(objective, "HEAD_POSITIONS", 12)
+    sizes = []
+    found = loss_of(model, anatomy_of("llama"), token_ids(3, 40))
+    handle = model.lm_head.register_forward_hook(lambda _module, _given, output: sizes.append(output.numel()))
+    try:
+        list(found.losses([DENSE], 0))
+    finally:
+        handle.remove()
+    assert max(sizes) <= 12 * VOCABULARY
+    assert sum(sizes) == found.work([DENSE]).head_tokens * VOCABULARY == 3 * 39 * VOCABULARY
+
+
+MEASURES = {
+    "kl": (KL(), lambda p, q: kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)),
+    "js": (JensenShannon(), lambda p, q: slow_js(p.double().softmax(-1), q.double().softmax(-1))),
+    "logits": (LogitDistance(), lambda p, q: (p - q).pow(2).sum(-1).sqrt()),
+}
+
+
+def slow_js(p, q):
+    middle = (p + q) / 2
+    return ((p * (p / middle).log()).sum(-1) + (q * (q / middle).log()).sum(-1)) / 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "planted"])
+@pytest.mark.parametrize("name", MEASURES)
+@torch.no_grad()
+def test_a_distance_to_the_whole_model_is_its_mean_over_predicted_tokens(family, name):
+    model = planted() if family == "planted" else shared(family)  # the planted one takes plain passes
+    anatomy, windows = read_anatomy(model), token_ids(5, 12)
+    measure, slow = MEASURES[name]
+    found = ModelObjective(model, anatomy, examples_of(model, windows), measure, batch_tokens=24)
+    masks = [parse_mask("mlp.3"), *MASKS, *(frozenset([block]) for block in anatomy.outline.blocks)]
+    masks = list(dict.fromkeys(masks))
+    whole = model(windows).logits[:, :-1]
+    losses = all_losses(found, masks)
+    for mask in masks:
+        with skipped(model, mask, anatomy=anatomy):
+            expected = slow(whole, model(windows).logits[:, :-1]).mean(dim=1)
+        assert losses[mask] == pytest.approx(expected.tolist(), abs=2e-4 if name == "logits" else 2e-5), mask
+    assert losses[DENSE] == pytest.approx([0.0] * 5, abs=1e-6)
+    alone = all_losses(found, masks[3:4])
+    assert alone[masks[3]] == losses[masks[3]], "the same bits alone and among others"
+
+
+ENCODERS = ["masked/bert", "masked/distilbert", "masked/modernbert", "masked/deberta-v2"]
+PAIRS = ["seq2seq/t5", "seq2seq/bart", "seq2seq/marian"]
+SIGNS = Signs(first=5, last=6, mask=7)
+
+
+@torch.no_grad()
+def slow_losses(model, examples):
+    logits = model(**examples.inputs).logits
+    losses = cross_entropy(logits.transpose(1, 2), examples.targets, ignore_index=IGNORED, reduction="none")
+    return (losses.sum(dim=1) / (examples.targets != IGNORED).sum(dim=1)).tolist()
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *PAIRS])
+def test_encoders_and_encoder_decoders_are_asked_what_they_were_trained_for(name):
+    model = zoo.build(name)
+    anatomy = read_anatomy(model)
+    signs = Signs(last=6, sentinels=(120, 121, 122)) if name.endswith("t5") else Signs() if "marian" in name else SIGNS
+    examples = examples_of(model, token_ids(5, 20), signs)
+    found = ModelObjective(model, anatomy, examples, batch_tokens=50)
+    assert bool(found.fallback) == (name in PAIRS)
+    assert found.batches > 1
+    masks = [
+        DENSE,
+        *(frozenset([block]) for block in anatomy.outline.blocks[:6]),
+        frozenset(anatomy.outline.blocks[2:5]),
+    ]
+    for mask, losses in all_losses(found, masks).items():
+        with skipped(model, mask, anatomy=anatomy):
+            assert losses == pytest.approx(slow_losses(model, examples), abs=2e-5), mask
+
+
+@torch.no_grad()
+def test_an_encoder_without_a_head_is_compared_with_its_own_embeddings():
+    model = BertModel(BERT).eval()
+    randomise(model, 1)
+    anatomy, windows = read_anatomy(model), token_ids(5, 12) % 64
+    examples = examples_of(model, windows)
+    found = ModelObjective(model, anatomy, examples, Embedding(), batch_tokens=24)
+    assert found.fallback == ""
+    masks = [DENSE, *(frozenset([block]) for block in anatomy.outline.blocks)]
+    whole = model(windows)[0].mean(dim=1)
+    for mask, losses in all_losses(found, masks).items():
+        with skipped(model, mask, anatomy=anatomy):
+            expected = 1 - cosine_similarity(model(windows)[0].mean(dim=1), whole)
+        assert losses == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    "build",
-    [
-        lambda: BertForMaskedLM(BERT),
-        lambda: BartForConditionalGeneration(BART),
-        lambda: LlamaModel(copy.deepcopy(shared("llama").config)),
-    ],
+    ("build", "measure"),
+    [(lambda: shared("llama"), Embedding()), (lambda: LlamaModel(copy.deepcopy(shared("llama").config)), Loss())],
 )
-def test_models_that_do_not_predict_the_next_token_are_refused_by_name(build):
+def test_a_measure_that_looks_at_what_a_model_has_not_is_refused_by_name(build, measure):
     model = build().eval()
-    with pytest.raises(InputError, match=f"{type(model).__name__} does not predict next tokens"):
-        LossObjective(model, anatomy_of("llama"), token_ids())
+    with pytest.raises(InputError, match=f"{type(model).__name__} has (no|a) head that predicts tokens"):
+        ModelObjective(model, anatomy_of("llama"), examples_of(model, token_ids()), measure)
 
 
 def test_memory_that_runs_out_is_no_reason_for_the_engine_that_needs_more(monkeypatch):
@@ -212,4 +302,4 @@ def test_memory_that_runs_out_is_no_reason_for_the_engine_that_needs_more(monkey
 
     monkeypatch.setattr(MaskTree, "final_states", full)
     with pytest.raises(RuntimeError, match="can't allocate"):
-        LossObjective(shared("llama"), anatomy_of("llama"), token_ids())
+        loss_of(shared("llama"), anatomy_of("llama"), token_ids())

@@ -14,9 +14,10 @@ from blockpruner.blocks import Block
 from blockpruner.errors import InputError, RunFolderError
 from blockpruner.evaluation.quality import load_text
 from blockpruner.models import load
-from blockpruner.pipeline import find_plan, open_subject, prepare, quote, subject_of
+from blockpruner.pipeline import find_plan, prepare, quote
 from blockpruner.plan import Plan
 from blockpruner.searching import Stop
+from blockpruner.subject import open_subject, subject_of
 
 SEARCH = {"target": "blocks=3", "tokens": 96, "window": 16}
 
@@ -59,7 +60,7 @@ def test_a_search_removes_what_a_plain_greedy_loop_removes_a_useless_block_first
     removed, losses = [], []
     for _ in range(3):
         tried = {
-            block: zeroed_loss(subject.model, [*removed, block], job.calibration.windows)
+            block: zeroed_loss(subject.model, [*removed, block], job.data.examples.inputs["input_ids"])
             for block in candidates
             if block not in removed
         }

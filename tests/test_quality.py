@@ -112,7 +112,7 @@ def test_a_contestant_without_a_finite_perplexity_is_named(opened, text, monkeyp
     def losses(objective, masks, batch):
         return [(loss if mask == bad else 1.0,) for mask in masks]
 
-    monkeypatch.setattr(quality.LossObjective, "losses", losses)
+    monkeypatch.setattr(quality.ModelObjective, "losses", losses)
     with pytest.raises(CheckFailedError, match=r"^broken has no finite perplexity: .* (nan|inf|10000.0) nats"):
         evaluate_masks(opened[0], opened[1], text, {"dense": frozenset(), "broken": bad})
 

@@ -20,6 +20,7 @@ class Bake:
     heat: float = 180.0
     fan: bool = False
     rack: Literal["low", "high"] = "low"
+    trays: Literal[1, 2] = 1
     seed: int = 0
 
 
@@ -44,10 +45,10 @@ def test_shared_options_reach_methods_that_have_them_and_yield_to_the_text():
     assert parse("steam", seed=7) == Exhaustive()
 
 
-@pytest.mark.parametrize("method", [Bake(), Bake(1, 0.1, True, "high", -5), Exhaustive()])
+@pytest.mark.parametrize("method", [Bake(), Bake(1, 0.1, True, "high", 2, -5), Exhaustive()])
 def test_a_method_is_written_as_it_is_read_defaults_too(method):
     assert parse(format_method(method, METHODS)) == method
-    assert format_method(Bake(), METHODS) == "bake:minutes=30,heat=180.0,fan=False,rack=low,seed=0"
+    assert format_method(Bake(), METHODS) == "bake:minutes=30,heat=180.0,fan=False,rack=low,trays=1,seed=0"
 
 
 def test_a_method_from_elsewhere_goes_by_its_class():
@@ -65,6 +66,7 @@ def test_a_method_from_elsewhere_goes_by_its_class():
         ("bake:minutes=soon", "bake:minutes=soon: Input should be a valid integer", "value of that kind"),
         ("bake:heat=nan", "bake:heat=nan: Input should be a finite number", "value of that kind"),
         ("bake:rack=middle", "'low' or 'high'", "value of that kind"),
+        ("bake:trays=3", "should be 1 or 2", "value of that kind"),
         ("bake:fan", "'fan' is not key=value", "bake:key=value"),
         ("bake:minutes=1,minutes=2", "'minutes' twice", "once"),
     ],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from blockpruner import autoload
 
 if TYPE_CHECKING:
-    from blockpruner.api import evaluate, inspect, save, search
+    from blockpruner.api import evaluate, inspect, save, score, search
     from blockpruner.blocks import Block, Move
     from blockpruner.errors import BlockprunerError
     from blockpruner.models import load
@@ -30,6 +30,7 @@ __all__ = [
     "load",
     "prune_",
     "save",
+    "score",
     "search",
     "skipped",
 ]
@@ -44,6 +45,7 @@ _HOME = {
     "load": "blockpruner.models",
     "prune_": "blockpruner.surgery",
     "save": "blockpruner.api",
+    "score": "blockpruner.api",
     "search": "blockpruner.api",
     "skipped": "blockpruner.surgery",
 }

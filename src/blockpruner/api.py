@@ -1,29 +1,34 @@
 """The verbs of the command line as Python functions on models in memory; same words, same defaults."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blockpruner import scoring
 from blockpruner.anatomy import read_anatomy
-from blockpruner.blocks import Block, parse_mask
+from blockpruner.blocks import Block, Mask, parse_mask
+from blockpruner.calibration import TextOptions
 from blockpruner.checkpoint import Form, Saved
+from blockpruner.criterion import Criterion
 from blockpruner.evaluation.quality import Evaluation, evaluate_masks, load_text
 from blockpruner.parts import Anatomy
-from blockpruner.pipeline import Subject, find_plan, prepare, save_subject, subject_of
+from blockpruner.pipeline import find_plan, prepare, save_subject
 from blockpruner.plan import Plan
+from blockpruner.scores import ScoreTable
+from blockpruner.scoring import compare
 from blockpruner.searching import Progress
+from blockpruner.subject import Subject, subject_of
 
 
-class TextOptions(TypedDict, total=False):
-    """How text becomes windows; see `quality.load_text` and `calibration`."""
+class ScoreOptions(TextOptions, total=False):
+    """The options of `blockpruner score`; see `scoring.compare`."""
 
-    tokens: int | None
-    window: int | None
-    bos: str
-    split: str | None
-    column: str | None
+    objective: str
+    moves: str
+    protect: str
+    removed: Mask
     seed: int
 
 
@@ -34,7 +39,7 @@ class SearchOptions(TextOptions, total=False):
     objective: str
     moves: str
     protect: str
-    quiet: bool
+    seed: int
 
 
 def inspect(model: PreTrainedModel) -> Anatomy:
@@ -44,7 +49,7 @@ def inspect(model: PreTrainedModel) -> Anatomy:
 
 def search(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     target: str,
     calibration: str,
@@ -58,6 +63,24 @@ def search(
     """
     task = prepare(_subject(model, tokenizer), target=target, calibration=calibration, **options)
     return find_plan(task, None if run is None else Path(run), progress)
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    criteria: Sequence[str | Criterion],
+    calibration: str,
+    run: Path | str | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[ScoreOptions],
+) -> ScoreTable:
+    """How important each move is, higher = keep: the scores that `blockpruner score` with these options writes.
+
+    criteria: names with their options, or objects of your own that keep the promise of `criterion.Criterion`.
+    """
+    comparison = compare(_subject(model, tokenizer), criteria=criteria, calibration=calibration, **options)
+    return scoring.score(comparison, None if run is None else Path(run), progress)
 
 
 def save(
@@ -82,10 +105,11 @@ def evaluate(
     *,
     data: str,
     masks: Mapping[str, Iterable[Block]] | None = None,
+    seed: int = 0,
     **text: Unpack[TextOptions],
 ) -> Evaluation:
     """Quality of `model` on `data`, and of the model without each of `masks` (name -> blocks), in one sweep."""
-    windows = load_text(data, tokenizer, model, **text)
+    windows = load_text(data, tokenizer, model, seed=seed, **text)
     named = {"model": parse_mask("dense"), **{name: frozenset(mask) for name, mask in (masks or {}).items()}}
     return Evaluation.of(evaluate_masks(model, read_anatomy(model), windows, named), windows.record)
 

@@ -16,7 +16,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, cast, get_args
 
 import torch
 from torch import Tensor
@@ -57,6 +57,20 @@ class CalibrationRecord(Record):
     bos: BosPolicy
     separator: str
     fingerprint: str
+
+
+class TextOptions(TypedDict, total=False):
+    """How text becomes windows; see this module, and `texts` for split, column and quiet.
+
+    tokens: 16384 where left out, None takes all there is; window: 2048, or the model's context, where left out.
+    """
+
+    tokens: int | None
+    window: int | None
+    bos: str
+    split: str | None
+    column: str | None
+    quiet: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from blockpruner.errors import InputError
 from blockpruner.exits import catch_signals, errors_said
 
 if TYPE_CHECKING:
-    from blockpruner.pipeline import Subject
+    from blockpruner.subject import Subject
 
 P = ParamSpec("P")
 
@@ -47,6 +47,8 @@ RemoteCode = Annotated[bool, typer.Option("--allow-remote-code", help="Run code 
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights from pickles, which can run code.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Source = "Hub data set, .txt/.jsonl/.parquet file, alpaca, wikitext2 or builtin; part of one: FILE.jsonl[0:200]."
+Objective = Annotated[str, typer.Option(help="loss, kl, js, logits, embedding or accuracy; `list` says more.")]
+Protect = Annotated[str, typer.Option(help="Layers never touched: 0,1,-1; plus: the first 4 and the last 2.")]
 Tokens = Annotated[str, typer.Option(metavar="N", help="Tokens of text to use, or all.")]
 Window = Annotated[
     int | None, typer.Option(min=2, help="Tokens per window; 2048, or the model's context, if left out.")
@@ -107,9 +109,9 @@ def search(
     target: Annotated[str, typer.Option(help="blocks=6, layers=3 or params=-25%.")],
     calibration: Annotated[str, typer.Option(metavar="SOURCE", help=Source)],
     method: Annotated[str, typer.Option("--search", help="Search, with options as name:key=value.")] = "greedy",
-    objective: Annotated[str, typer.Option(help="What is minimised: loss.")] = "loss",
+    objective: Objective = "loss",
     moves: Annotated[str, typer.Option(help="block, attention, mlp, layer or stock.")] = "block",
-    protect: Annotated[str, typer.Option(help="Layers never touched: 0,1,-1.")] = "",
+    protect: Protect = "",
     tokens: Tokens = "16384",
     window: Window = None,
     bos: Bos = "auto",
@@ -146,7 +148,7 @@ def search(
         column=column,
         seed=seed,
     )
-    price, data = quote(task), task.calibration.record
+    price, data = quote(task), task.data.record
     say(
         f"price: {price.evaluations} evaluations of {data.windows} windows x {data.window} tokens; about "
         f"{price.work.attention_tokens:,} attention-, {price.work.mlp_tokens:,} mlp- and "
@@ -169,6 +171,75 @@ def search(
         raise KeyboardInterrupt
     prune = ["blockpruner", "prune", model, "--plan", str(run / "plan.json"), "--out", str(run / "model")]
     say(f"next: {shlex.join(prune)}")
+
+
+@verb("blockpruner score demo --criterion cosine --criterion leave-one-out --calibration builtin --tokens 2048")
+def score(
+    model: Model,
+    calibration: Annotated[str, typer.Option(metavar="SOURCE", help=Source + " Items for --objective accuracy.")],
+    criterion: Annotated[
+        list[str], typer.Option("--criterion", help="How to measure, with options as name:key=value; several, or all.")
+    ],
+    objective: Objective = "loss",
+    moves: Annotated[str, typer.Option(help="block, attention, mlp, layer, stock or span=N.")] = "block",
+    protect: Protect = "",
+    removed: Annotated[str, typer.Option(help="What is gone already: attention.3+mlp.7.")] = "dense",
+    tokens: Tokens = "16384",
+    window: Window = None,
+    bos: Bos = "auto",
+    split: Split = None,
+    column: Column = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="Run folder: scores.json; resumes there.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the price and stop.")] = False,
+    revision: Revision = None,
+    remote: RemoteCode = False,
+    pickle: Pickle = False,
+    as_json: Json = False,
+) -> None:
+    """Say how important each move is, by one criterion or several on the same data. Higher = keep."""
+    from blockpruner.blocks import parse_mask
+    from blockpruner.criteria import CRITERIA, parse_criterion
+    from blockpruner.scoring import compare
+    from blockpruner.scoring import score as scored
+    from blockpruner.tables import print_scores
+
+    names = list(CRITERIA) if criterion == ["all"] else criterion
+    for name in names:
+        parse_criterion(name)  # what is misspelt is said before the model is loaded
+    comparison = compare(
+        _open(model, dtype, device, revision, remote, pickle),
+        criteria=names,
+        calibration=calibration,
+        objective=objective,
+        moves=moves,
+        protect=protect,
+        removed=parse_mask(removed),
+        tokens=_tokens(tokens),
+        window=window,
+        bos=bos,
+        split=split,
+        column=column,
+        seed=seed,
+    )
+    passes, each = comparison.passes(), comparison.seconds()
+    for name, number in passes.items():
+        say(
+            f"price: {name}: about {number:.3g} forward passes over the data, {duration(number * each)} on this machine"
+        )
+    if dry_run:
+        if as_json:
+            _print_json({"passes": passes, "seconds": round(each * sum(passes.values()), 1)})
+        return
+    table = scored(comparison, run or Path("runs", Path(model).name), Progress())
+    if as_json:
+        _print_json(table.model_dump(mode="json"))
+    else:
+        print_scores(table)
 
 
 @verb("blockpruner prune demo --plan runs/demo/plan.json --first 4 --out pruned")
@@ -278,23 +349,15 @@ def demo(run: Run = None, dtype: Dtype = "auto") -> None:
 
 @verb("blockpruner list --json", name="list")
 def list_methods(as_json: Json = False) -> None:
-    """List the searches, objectives, kinds of moves and targets."""
-    from blockpruner.moves import GRANULARITIES
-    from blockpruner.searches import ALIASES, SEARCHES
+    """List the searches, criteria, objectives, kinds of moves and targets."""
+    from blockpruner.catalogue import catalogue
 
-    searches = [{"name": name, "title": s.title, "source": s.source} for name, s in SEARCHES.items()]
-    moves = [{"name": name, "meaning": (f.__doc__ or "").strip().splitlines()[0]} for name, f in GRANULARITIES.items()]
-    targets, objectives = ["blocks=6", "layers=3", "params=-25%"], ["loss"]
+    shelves = catalogue()
     if as_json:
-        _print_json(
-            {"searches": searches, "aliases": ALIASES, "moves": moves, "targets": targets, "objectives": objectives}
-        )
+        _print_json(shelves)
         return
-    table("Searches (--search)", ("name", "method", "source"), [tuple(s.values()) for s in searches])
-    table("Moves (--moves)", ("name", "meaning"), [tuple(m.values()) for m in moves])
-    print("Aliases: " + ", ".join(f"{short} = {name}" for short, name in ALIASES.items()))
-    print("Targets (--target): " + ", ".join(targets))
-    print("Objectives (--objective): " + ", ".join(objectives))
+    for title, rows in shelves.items():
+        table(title.capitalize(), tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
 def _tokens(text: str) -> int | None:
@@ -308,7 +371,7 @@ def _tokens(text: str) -> int | None:
 
 def _open(model: str, dtype: str, device: str, revision: str | None, remote: bool, pickle: bool) -> "Subject":
     from blockpruner.models import load
-    from blockpruner.pipeline import open_subject
+    from blockpruner.subject import open_subject
 
     say(f"loading {model}")
     return open_subject(

@@ -184,16 +184,22 @@ def _restored(model: PreTrainedModel, windows: Tensor, signs: Signs, seed: int) 
         pairs = [(row[:half], row[half:]) for row in windows.tolist()]
         kind = "continuation"
     given, wanted = (torch.tensor(side, device=windows.device) for side in zip(*pairs, strict=True))
-    start = model.config.decoder_start_token_id
-    if start is None:
-        start = model.generation_config.decoder_start_token_id if model.generation_config else None
-    if start is None:
+    start = _decoder_start(model)
+    shifted = torch.nn.functional.pad(wanted[:, :-1], (1, 0), value=start)
+    return _windows(kind, {"input_ids": given, "decoder_input_ids": shifted}, wanted)
+
+
+def _decoder_start(model: PreTrainedModel) -> int:
+    """What the decoder begins with: as the configuration says, else its BOS, else its padding, as T5 does."""
+    places = [(model.generation_config, "decoder_start_token_id")] if model.generation_config else []
+    places += [(model.config, name) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id")]
+    found = [token for holder, name in places if isinstance(token := getattr(holder, name, None), int)]
+    if not found:
         raise InputError(
             f"{type(model).__name__} names no token for its decoder to start with",
             fix="set decoder_start_token_id in its config.json",
         )
-    shifted = torch.nn.functional.pad(wanted[:, :-1], (1, 0), value=start)
-    return _windows(kind, {"input_ids": given, "decoder_input_ids": shifted}, wanted)
+    return found[0]
 
 
 def _spans(tokens: Sequence[int], signs: Signs, generator: torch.Generator) -> tuple[list[int], list[int]]:

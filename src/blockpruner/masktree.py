@@ -1,4 +1,4 @@
-"""The engine: the losses of many masks on one batch of windows, every shared prefix of layers computed once.
+"""The engine: what a model puts out without each of many masks, every shared prefix of layers computed once.
 
 Masks that agree on the first layers share the states up to there. The tree is walked breadth first, one layer at a
 time: each layer of the model is called as it is, with stand-ins for the blocks it lacks, once per distinct prefix.
@@ -9,7 +9,7 @@ A greedy step over both blocks of L layers takes (L + 1) / (2L - 1) of the work 
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,11 @@ from transformers import PreTrainedModel
 
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask
-from blockpruner.metrics import token_losses
 from blockpruner.parts import Anatomy, Layer, layer_stand_ins
 from blockpruner.probing import Call, accepts, first_tensor, replaced, stood_in
 from blockpruner.standin import StandIn, stand_in_for
 
-HEAD_POSITIONS = 256  # positions whose logits exist at once
+Inputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,13 @@ def _key(mask: Mask) -> list[str]:
     return sorted(map(str, mask))
 
 
-def sweep_work(layers: Sequence[Layer], masks: Sequence[Mask], windows: int, length: int) -> Work:
-    """What a sweep over these masks costs, counted without running it."""
+def sweep_work(layers: Sequence[Layer], masks: Sequence[Mask], tokens: int) -> Work:
+    """What the layers of a sweep over these masks cost on so many tokens, counted without running it."""
     counts: Counter[bool] = Counter()
     for layer, branchings in zip(layers, sweep_plan(layers, masks), strict=True):
         for branching in branchings:
             counts.update(p.block.kind == "mlp" for p in layer.parts if p.block not in branching.removed)
-    tokens = windows * length
-    return Work(
-        attention_tokens=counts[False] * tokens,
-        mlp_tokens=counts[True] * tokens,
-        head_tokens=len(set(masks)) * windows * (length - 1),
-    )
+    return Work(attention_tokens=counts[False] * tokens, mlp_tokens=counts[True] * tokens)
 
 
 class _Stop(Exception):
@@ -98,8 +92,9 @@ class _Injector(StandIn):
 class MaskTree:
     """Evaluates masks on batches of windows for a model with one stack of layers.
 
-    Memory over the weights: one state [windows, tokens, hidden] per live prefix, at most one per mask and three more,
-    and the logits of HEAD_POSITIONS positions. The model is used as it is and never changed for longer than a call.
+    Memory over the weights: one state [rows, tokens, hidden] per live prefix, at most one per mask and three more,
+    and the logits of the positions that are asked for at once. The model is used as it is and never changed for longer
+    than a call. inputs: by the names of the model's forward, [rows, tokens].
     """
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -117,20 +112,9 @@ class MaskTree:
         }
 
     @torch.no_grad()
-    def losses(self, masks: Sequence[Mask], windows: Tensor) -> Iterator[tuple[Mask, Tensor]]:
-        """Each distinct mask, in order, with its token losses [windows, tokens - 1] in nats, float32, on the CPU.
-
-        windows: token ids [windows, tokens]. The numbers of a mask do not depend on the other masks, bit for bit.
-        """
-        windows = windows.to(self.model.device)
-        states = self.final_states(masks, windows)
-        for mask in dict.fromkeys(masks):
-            yield mask, self.head_losses(states.pop(mask), windows)
-
-    @torch.no_grad()
-    def final_states(self, masks: Sequence[Mask], windows: Tensor) -> dict[Mask, Tensor]:
-        """The residual stream after the last layer, per distinct mask."""
-        calls = self._record(windows)
+    def final_states(self, masks: Sequence[Mask], inputs: Inputs) -> dict[Mask, Tensor]:
+        """The residual stream after the last layer, per distinct mask; bit for bit the same whatever the others are."""
+        calls = self._record(inputs)
         states = {frozenset[Any](): _stream(calls[0], self.layers[0])}
         for layer, call, branchings in zip(self.layers, calls, sweep_plan(self.layers, masks), strict=True):
             after: dict[Mask, Tensor] = {}
@@ -152,13 +136,13 @@ class MaskTree:
         assert output is not None  # read_anatomy has seen it
         return output
 
-    def _record(self, windows: Tensor) -> list[Call]:
-        """The calls of all layers for these windows, with the embedded tokens as the stream; costs the embedding."""
+    def _record(self, inputs: Inputs) -> list[Call]:
+        """The calls of all layers for these inputs, with the embedded tokens as the stream; costs the embedding."""
         last = self._recorders[self.layers[-1].path]
         handle = last.register_forward_hook(_stop)
         try:
             with replaced(self.model, self._recorders), contextlib.suppress(_Stop):
-                self.model(input_ids=windows, **self._extra)
+                self.model(**inputs, **self._extra)
             return [r.call for r in self._recorders.values() if isinstance(r, _Recorder) and r.call]
         finally:
             handle.remove()
@@ -166,26 +150,24 @@ class MaskTree:
                 recorder.__dict__.pop("call", None)
 
     @torch.no_grad()
-    def head_losses(self, state: Tensor, windows: Tensor) -> Tensor:
-        """Token losses [windows, tokens - 1] from final states [windows, tokens, hidden], some positions at a time."""
-        step = max(1, HEAD_POSITIONS // len(windows))
-        losses = []
-        for start in range(0, windows.shape[1] - 1, step):
-            stop = min(start + step, windows.shape[1] - 1)
-            logits = self._logits(state[:, start:stop], windows[:, start:stop])
-            found = token_losses(logits.flatten(0, 1), windows[:, start + 1 : stop + 1].flatten())
-            losses.append(found.view(len(windows), -1).cpu())
-        return torch.cat(losses, dim=1)
+    def outputs(self, state: Tensor, inputs: Inputs, positions: Tensor) -> Tensor:
+        """What the model makes of a final state at these positions: its own last norm, head and soft caps.
 
-    def _logits(self, state: Tensor, ids: Tensor) -> Tensor:
-        """What the model makes of a final state: its own last norm, head and soft caps. `ids` only give the shape."""
+        state: [rows, tokens, hidden] -> [rows, positions, vocabulary]; of `inputs` only the shape counts here.
+        """
         first = self._injectors[self.layers[0].path]
-        first.state = state
+        first.state = state[:, positions]
         try:
             with replaced(self.model, self._injectors):
-                return self.model(input_ids=ids, **self._extra).logits
+                given = {name: value[:, positions] for name, value in inputs.items()}
+                return output_of(self.model(**given, **self._extra))
         finally:
             del first.state
+
+
+def output_of(result: Any) -> Tensor:
+    """The logits of a model with a head, else its last hidden states."""
+    return result.logits if getattr(result, "logits", None) is not None else result[0]
 
 
 def _stop(*_: Any) -> None:

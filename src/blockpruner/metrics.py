@@ -1,4 +1,6 @@
-"""Pure tensor mathematics of losses."""
+"""Pure tensor mathematics of losses: rows of logits in, one number per row out, in float32."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +14,41 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     loss[p] = logsumexp(logits[p]) - logits[p, target[p]]; logits: [positions, vocabulary], any float type, read in
     float32; targets: [positions]. Works through some rows at a time, so that no second tensor of that size exists.
     """
-    rows = max(1, _NUMBERS_AT_ONCE // logits.shape[-1])
-    parts = zip(logits.split(rows), targets.split(rows), strict=True)
-    return torch.cat([torch.nn.functional.cross_entropy(part.float(), row, reduction="none") for part, row in parts])
+    return _by_rows(lambda z, t: torch.nn.functional.cross_entropy(z.float(), t, reduction="none"), logits, targets)
+
+
+def divergences(whole: Tensor, found: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of each row of logits, KL(softmax(whole) || softmax(found)), in nats."""
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        return _expected(log_p, log_q)
+
+    return _by_rows(kl, whole, found)
+
+
+def jensen_shannon(whole: Tensor, found: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of each row of logits, in nats, 0 to log 2."""
+
+    def js(p: Tensor, q: Tensor) -> Tensor:
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, device=p.device))
+        return (_expected(log_p, log_m) + _expected(log_q, log_m)) / 2
+
+    return _by_rows(js, whole, found)
+
+
+def distances(whole: Tensor, found: Tensor) -> Tensor:
+    """Euclidean distance of each row of logits."""
+    return _by_rows(lambda p, q: (p.float() - q.float()).norm(dim=-1), whole, found)
+
+
+def _expected(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum of p (log p - log q), where a token that p rules out adds nothing."""
+    return torch.where(torch.isneginf(log_p), 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _by_rows(measure: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:
+    rows = max(1, _NUMBERS_AT_ONCE // first.shape[-1])
+    parts = zip(first.split(rows), second.split(rows), strict=True)
+    return torch.cat([measure(one, other) for one, other in parts])

@@ -16,6 +16,7 @@ from typing import Literal, Self, cast
 
 from blockpruner.blocks import Kind, Mask, Move, Outline
 from blockpruner.errors import InputError
+from blockpruner.registry import lookup
 
 Granularity = Callable[[Outline, Mask], tuple[Move, ...]]
 
@@ -60,6 +61,18 @@ def stock(outline: Outline, mask: Mask) -> tuple[Move, ...]:
     return (*layer(outline, mask), *straddling)
 
 
+def span(outline: Outline, mask: Mask, length: int) -> tuple[Move, ...]:
+    """Every `length` layers that follow each other in a stack and are still whole; they overlap."""
+    untouchable = mask | outline.kept
+    layers = outline.layers()
+    runs = []
+    for stack, first in layers:
+        blocks = [layers.get((stack, first + step)) for step in range(length)]
+        if all(found and untouchable.isdisjoint(found) for found in blocks):
+            runs.append(Move.of(*itertools.chain.from_iterable(found for found in blocks if found)))
+    return tuple(runs)
+
+
 GRANULARITIES: dict[str, Granularity] = {
     "block": block,
     "attention": attention,
@@ -67,6 +80,18 @@ GRANULARITIES: dict[str, Granularity] = {
     "layer": layer,
     "stock": stock,
 }
+
+
+def offered(text: str, outline: Outline, mask: Mask, protected: frozenset[tuple[str, int]]) -> tuple[Move, ...]:
+    """The moves of a granularity, or of `span=N`, on top of `mask` that touch no protected layer, in tie order.
+
+    Spans are for criteria only: they overlap, so that a search by steps cannot tell what it will be able to reach.
+    """
+    if match := re.fullmatch(r"span=(\d{1,4})", text.strip(), re.ASCII):
+        moves = span(outline, mask, int(match[1])) if int(match[1]) else ()
+    else:
+        moves = lookup(text, GRANULARITIES, "kind of move")(outline, mask)
+    return tuple(move for move in moves if not any((b.stack, b.layer) in protected for b in move.blocks))
 
 
 def _of_kind(outline: Outline, mask: Mask, kind: Kind) -> tuple[Move, ...]:
@@ -153,12 +178,17 @@ class Target:
 def parse_protected(text: str, outline: Outline) -> frozenset[tuple[str, int]]:
     """The (stack, layer) of each layer named in `0,1,-1`, negative ones counted from the end; stacks: `encoder.0`.
 
+    `plus` stands for the first four and the last two layers of every stack, as in Shortened LLaMA's Taylor+ and Mag+.
     InputError for a stack or a layer that the model does not have.
     """
     depths: dict[str, int] = {}
     for stack, number in outline.layers():
         depths[stack] = max(depths.get(stack, 0), number + 1)
-    return frozenset(_layer(part.strip(), depths) for part in text.split(",") if part.strip())
+    words = [part.strip() for part in text.split(",") if part.strip()]
+    plus = {(stack, layer) for stack, depth in depths.items() for layer in (*range(4), depth - 2, depth - 1)}
+    plus &= outline.layers().keys()
+    named = {_layer(word, depths) for word in words if word != "plus"}
+    return frozenset(named | (plus if "plus" in words else set()))
 
 
 def format_protected(protected: frozenset[tuple[str, int]]) -> tuple[str, ...]:

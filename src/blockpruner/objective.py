@@ -1,9 +1,10 @@
-"""What a search minimises: mask -> mean next-token loss over fixed calibration windows, in nats."""
+"""What a search minimises: mask -> what a measure finds on a model's examples, lower = better."""
 
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,59 +13,71 @@ from transformers import PreTrainedModel
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError, is_out_of_memory
-from blockpruner.masktree import MaskTree, sweep_work
-from blockpruner.metrics import token_losses
-from blockpruner.parts import Anatomy
+from blockpruner.examples import IGNORED, Examples
+from blockpruner.masktree import Inputs, MaskTree, output_of, sweep_work
+from blockpruner.measuring import Measure
+from blockpruner.objectives.loss import Loss
+from blockpruner.parts import Anatomy, Stack
 from blockpruner.probing import accepts, first_tensor, vocabulary_size
+from blockpruner.searching import DENSE
 from blockpruner.surgery import skipped
 
 BATCH_TOKENS = 2048
-PROBE_HEAD_TOKENS = 128
+HEAD_POSITIONS = 256  # positions whose logits exist at once
+HEADS = 8  # masks that share one look at the whole model's logits
+PROBE_POSITIONS = 128
+_LOSS = Loss()
 _log = logging.getLogger("blockpruner")
 
 
-class LossObjective:
-    """Language-modelling loss of the model without the blocks of a mask.
+class ModelObjective:
+    """What `measure` finds of the model without the blocks of a mask, per unit of `examples`.
 
-    loss(mask, window) = mean over positions 1..T-1 of -log p(token | tokens before it); BlockPruner's perplexity is the
-    exponential of its mean over windows. Windows are evaluated in fixed micro-batches of about BATCH_TOKENS tokens, so
-    the loss of (mask, window) has the same bits whatever else is asked.
-
-    Uses the mask tree when a probe finds that it agrees with plain forward passes on this very model (states at full
-    window length, losses on PROBE_HEAD_TOKENS positions), else plain forward passes; `fallback` says why.
+    Examples are evaluated in fixed micro-batches of about BATCH_TOKENS tokens, so the value of (mask, unit) has the
+    same bits whatever else is asked. Uses the mask tree when a probe finds that it agrees with plain forward passes on
+    this very model (states at full length, logits at PROBE_POSITIONS positions), else plain forward passes, a row at a
+    time; `fallback` says why. InputError where the model has not what `measure` looks at.
     """
 
-    unit = "nats per token"
-
     def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, windows: Tensor, *, batch_tokens: int = BATCH_TOKENS
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        examples: Examples,
+        measure: Measure = _LOSS,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> None:
-        if model.config.is_encoder_decoder or not model.can_generate():
-            raise InputError(
-                f"{type(model).__name__} does not predict next tokens, so it has no language-modelling loss",
-                fix="give a decoder-only model",
-            )
-        _check_fits(model, windows)
-        self.model, self.anatomy, self.windows = model, anatomy, windows
+        _check_fits(model, examples, measure)
+        self.model, self.anatomy, self.examples, self.measure = model, anatomy, examples, measure
+        self.unit = measure.unit
         self.batch_tokens = batch_tokens
-        self._size = max(1, batch_tokens // windows.shape[1])
-        self.batches = -(-len(windows) // self._size)
+        self._parts = examples.batches(batch_tokens)
+        self.batches = len(self._parts)
+        self._extra: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
         self.fallback = self._probe()
         if self.fallback:
             _log.warning("plain forward passes instead of the mask tree: %s", self.fallback)
 
     def losses(self, masks: Sequence[Mask], batch: int) -> Iterator[tuple[float, ...]]:
-        """Per mask (each given once), as they become known, the loss of each window of one micro-batch."""
-        windows = self.windows[batch * self._size : (batch + 1) * self._size]
-        for _, found in self._token_losses(masks, windows):
-            yield tuple(found.double().mean(dim=1).tolist())
+        """Per mask (each given once), as they become known, the value of each unit of one micro-batch."""
+        part = self._parts[batch].to(self.model.device)
+        rows = self._rows_of_tree if not self.fallback else self._rows_of_passes
+        for sums, counts in rows(masks, part):
+            yield self.measure.units(sums.tolist(), counts, part.lengths, part.gold)
 
     def work(self, masks: Sequence[Mask]) -> Work:
-        """What evaluating `masks` on all windows costs, counted: shared prefixes once, unless the tree is not used."""
-        layers = [layer for stack in self.anatomy.stacks for layer in stack.layers]
-        count, length = self.windows.shape
+        """What evaluating `masks` on all examples costs, counted: shared prefixes once, unless the tree is not used."""
         groups = [[mask] for mask in masks] if self.fallback else [list(masks)]
-        return sum((sweep_work(layers, group, count, length) for group in groups), Work())
+        heads = sum(part.targets.shape[0] * len(_positions(part)) for part in self._parts) * len(set(masks))
+        if self.measure.compares:
+            heads += heads // HEADS
+            groups = [[*group, DENSE] for group in groups]
+        total = Work(head_tokens=heads)
+        for stack in self.anatomy.stacks:
+            tokens = sum(_tokens(stack, part.inputs) for part in self._parts)
+            total = sum((sweep_work(stack.layers, group, tokens) for group in groups), total)
+        return total
 
     def seconds(self, work: Work) -> float:
         """How long `work` takes here, from one timed pass of the whole model over one micro-batch."""
@@ -74,42 +87,73 @@ class LossObjective:
     @cached_property
     def _rates(self) -> tuple[float, float]:
         """Seconds per block-token and per head-token."""
-        windows = self.windows[: self._size].to(self.model.device)
-        layers = [layer for stack in self.anatomy.stacks for layer in stack.layers]
-        work = sweep_work(layers, [frozenset()], *windows.shape)
+        part = self._parts[0].to(self.model.device)
+        heads = len(part.targets) * len(_positions(part))
+        blocks = sum(
+            len(layer.parts) * _tokens(stack, part.inputs) for stack in self.anatomy.stacks for layer in stack.layers
+        )
         start = time.perf_counter()
         if self.fallback:
-            plain_losses(self.model, windows)
-            rate = (time.perf_counter() - start) / (work.attention_tokens + work.mlp_tokens + work.head_tokens)
+            list(self._rows_of_passes([DENSE], part))
+            rate = (time.perf_counter() - start) / (blocks + heads)
             return rate, rate
-        (state,) = self._tree.final_states([frozenset()], windows).values()
+        (state,) = self._tree.final_states([DENSE], part.inputs).values()
         middle = time.perf_counter()
-        self._tree.head_losses(state, windows)
-        blocks = max(1, work.attention_tokens + work.mlp_tokens)
-        return (middle - start) / blocks, (time.perf_counter() - middle) / work.head_tokens
+        self._sums({DENSE: state}, None if not self.measure.compares else state, part)
+        return (middle - start) / max(1, blocks), (time.perf_counter() - middle) / max(1, heads)
 
-    def _token_losses(self, masks: Sequence[Mask], windows: Tensor) -> Iterator[tuple[Mask, Tensor]]:
-        if not self.fallback:
-            yield from self._tree.losses(masks, windows)
-            return
-        for mask in masks:
-            with skipped(self.model, mask, anatomy=self.anatomy):
-                yield mask, plain_losses(self.model, windows)
+    def _rows_of_tree(self, masks: Sequence[Mask], part: Examples) -> Iterator[tuple[Tensor, list[int]]]:
+        compares = self.measure.compares
+        states = self._tree.final_states([*masks, DENSE] if compares else masks, part.inputs)
+        whole = states[DENSE] if compares else None
+        step = HEADS if compares else 1
+        for start in range(0, len(masks), step):
+            group = {mask: states.pop(mask) for mask in masks[start : start + step]}
+            yield from self._sums(group, whole, part)
+
+    @torch.no_grad()
+    def _sums(self, states: dict[Mask, Tensor], whole: Tensor | None, part: Examples) -> list[tuple[Tensor, list[int]]]:
+        """Per mask the sum and the number of the values in each row, some positions at a time."""
+        positions = _positions(part)
+        sums = {mask: _Sums(self.measure, part) for mask in states}
+        for at in positions.split(max(1, HEAD_POSITIONS // len(part.targets))):
+            beside = None if whole is None else self._tree.outputs(whole, part.inputs, at)
+            for mask, state in states.items():
+                sums[mask].add(self._tree.outputs(state, part.inputs, at), beside, at)
+        return [each.done() for each in sums.values()]
+
+    @torch.no_grad()
+    def _rows_of_passes(self, masks: Sequence[Mask], part: Examples) -> Iterator[tuple[Tensor, list[int]]]:
+        """Sums from ordinary forward passes, a row at a time."""
+        found: dict[Mask, list[tuple[Tensor, list[int]]]] = {mask: [] for mask in masks}
+        for row in part.rows():
+            beside = self._pass(DENSE, row) if self.measure.compares else None
+            for mask in masks:
+                sums = _Sums(self.measure, row)
+                sums.add(self._pass(mask, row), beside, _positions(row))
+                found[mask].append(sums.done())
+        for rows in found.values():
+            yield torch.cat([sums for sums, _ in rows]), [count for _, counts in rows for count in counts]
+
+    def _pass(self, mask: Mask, part: Examples) -> Tensor:
+        with skipped(self.model, mask, anatomy=self.anatomy):
+            return output_of(self.model(**part.inputs, **self._extra))[:, _positions(part)]
 
     def _probe(self) -> str:
-        """Empty if the mask tree agrees with plain forward passes on the last window, else why it is not used."""
+        """Empty if the mask tree agrees with plain forward passes on the last unit, else why it is not used."""
         if len(self.anatomy.stacks) != 1:
             return f"the model has {len(self.anatomy.stacks)} stacks"
         self._tree = MaskTree(self.model, self.anatomy)
         try:
-            return self._disagreement(self.windows[-1:].to(self.model.device))
+            last = next(self.examples.part(len(self.examples) - 1, len(self.examples)).rows())
+            return self._disagreement(last.to(self.model.device))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
             return f"it stops with {type(error).__name__}: {error}"
 
     @torch.no_grad()
-    def _disagreement(self, window: Tensor) -> str:
+    def _disagreement(self, row: Examples) -> str:
         """How far the tree is off where it may be: on the dense model, and without the first block of each kind.
 
         From the first block on, every layer is called for several prefixes in turn, so whatever a layer keeps or hands
@@ -118,21 +162,60 @@ class LossObjective:
         (stack,) = self.anatomy.stacks
         exact = self.model.dtype.itemsize >= 4
         first = {part.block.kind: part.block for layer in reversed(stack.layers) for part in reversed(layer.parts)}
-        masks: list[Mask] = [frozenset(), *(frozenset([block]) for block in first.values())]
+        masks: list[Mask] = [DENSE, *(frozenset([block]) for block in first.values())]
         last = self.model.get_submodule(stack.layers[-1].path)
-        for mask, state in self._tree.final_states(masks, window).items():
+        positions = _positions(row)[:PROBE_POSITIONS]
+        for mask, state in self._tree.final_states(masks, row.inputs).items():
             with skipped(self.model, mask, anatomy=self.anatomy):
-                gap = float((_final_state(self.model, last, window) - state).abs().max() / state.abs().max())
-            if not gap <= (1e-5 if exact else 1e-2):
-                return f"without {next(iter(mask), 'nothing')} the last state differs by {gap:.2g} of its size"
-        short = window[:, :PROBE_HEAD_TOKENS]
-        for mask, found in self._tree.losses(masks, short):
-            with skipped(self.model, mask, anatomy=self.anatomy):
-                gaps = (plain_losses(self.model, short) - found).abs()
-            gap = float(gaps.max() if exact else gaps.mean())
-            if not gap <= (1e-4 if exact else 2e-2):
-                return f"without {next(iter(mask), 'nothing')} token losses differ by {gap:.2g} nats"
+                plain, output = self._final(last, row.inputs)
+            for what, found, expected in (
+                ("the last state differs", state, plain),
+                ("the output differs", self._tree.outputs(state, row.inputs, positions), output[:, positions]),
+            ):
+                gap = float((found - expected).abs().max() / expected.abs().max())
+                if not gap <= (1e-5 if exact else 1e-2):
+                    return f"without {next(iter(mask), 'nothing')} {what} by {gap:.2g} of its size"
         return ""
+
+    def _final(self, last: torch.nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The last state of the stream and the output, from an ordinary forward pass."""
+        states: list[Tensor | None] = []
+        handle = last.register_forward_hook(lambda _module, _args, output: states.append(first_tensor(output)))
+        try:
+            output = output_of(self.model(**inputs, **self._extra))
+        finally:
+            handle.remove()
+        if not states or states[-1] is None:
+            raise InputError(f"{type(self.model).__name__} does not call its last layer", fix="report the model's type")
+        return states[-1], output
+
+
+class _Sums:
+    """Adds up the values of a measure, row by row, over chunks of positions."""
+
+    def __init__(self, measure: Measure, part: Examples) -> None:
+        self._measure, self._targets = measure, part.targets
+        self._sums = torch.zeros(len(part.targets), dtype=torch.float64)
+        self._pooled: list[Tensor] = []
+
+    def add(self, found: Tensor, whole: Tensor | None, positions: Tensor) -> None:
+        """found, whole: outputs [rows, positions, ...]."""
+        if self._measure.of == "states":
+            sides = (found, found if whole is None else whole)
+            more = [side.double().sum(dim=1) for side in sides]
+            self._pooled = [a + b for a, b in zip(self._pooled, more, strict=True)] if self._pooled else more
+            return
+        targets = self._targets[:, positions]
+        asked = targets != IGNORED
+        values = self._measure.each(found[asked], None if whole is None else whole[asked], targets[asked])
+        rows = asked.nonzero()[:, 0].cpu()
+        self._sums.index_add_(0, rows, values.double().cpu())
+
+    def done(self) -> tuple[Tensor, list[int]]:
+        if self._measure.of == "states":
+            found, whole = self._pooled
+            return self._measure.each(found, whole, self._targets).double().cpu(), [1] * len(found)
+        return self._sums, (self._targets != IGNORED).sum(dim=1).tolist()
 
 
 def context(model: PreTrainedModel) -> int | None:
@@ -145,46 +228,35 @@ def usual_window(model: PreTrainedModel) -> int:
     return min(2048, context(model) or 2048)
 
 
-def _check_fits(model: PreTrainedModel, windows: Tensor) -> None:
-    """InputError if the windows hold tokens, or are of a length, that the model does not know."""
+def _check_fits(model: PreTrainedModel, examples: Examples, measure: Measure) -> None:
+    """InputError if the model lacks what is measured, or does not know tokens or lengths of the examples."""
+    if (measure.of == "states") != (examples.question == "states"):
+        has = "has no head that predicts tokens" if examples.question == "states" else "has a head that predicts tokens"
+        other = "embedding" if examples.question == "states" else "loss or kl"
+        raise InputError(f"{type(model).__name__} {has}, so {measure.title!r} is not for it", fix=f"use {other}")
     rows = vocabulary_size(model)
-    if int(windows.max()) >= rows:
-        raise InputError(
-            f"the text has token {int(windows.max())}, and the model's vocabulary ends at {rows - 1}",
-            fix="use the tokenizer that belongs to the model",
-        )
     longest = context(model)
-    if longest is not None and windows.shape[1] > longest:
-        raise InputError(
-            f"windows of {windows.shape[1]} tokens are longer than the model's context of {longest}",
-            fix=f"choose --window {longest} or less",
-        )
+    for name, ids in examples.inputs.items():
+        if name.endswith("input_ids") and int(ids.max()) >= rows:
+            raise InputError(
+                f"the text has token {int(ids.max())}, and the model's vocabulary ends at {rows - 1}",
+                fix="use the tokenizer that belongs to the model",
+            )
+        if longest is not None and ids.shape[1] > longest:
+            raise InputError(
+                f"windows of {ids.shape[1]} tokens are longer than the model's context of {longest}",
+                fix=f"choose --window {longest} or less",
+            )
 
 
-class _Seen(Exception):
-    """Carries the output of the last layer out of a forward pass."""
+def _positions(part: Examples) -> Tensor:
+    """Positions of the output that count for some row; all of them where states are compared."""
+    if part.question == "states":
+        return torch.arange(part.targets.shape[1], device=part.targets.device)
+    return (part.targets != IGNORED).any(dim=0).nonzero()[:, 0]
 
 
-def _final_state(model: PreTrainedModel, last: torch.nn.Module, window: Tensor) -> Tensor:
-    def stop(_module: torch.nn.Module, _args: object, output: object) -> None:
-        raise _Seen(first_tensor(output))
-
-    handle = last.register_forward_hook(stop)
-    try:
-        model(input_ids=window, **({"use_cache": False} if accepts(model, "use_cache") else {}))
-    except _Seen as seen:
-        return seen.args[0]
-    finally:
-        handle.remove()
-    raise InputError(f"{type(model).__name__} does not call its last layer", fix="report the model's type")
-
-
-@torch.no_grad()
-def plain_losses(model: PreTrainedModel, windows: Tensor) -> Tensor:
-    """Token losses [windows, tokens - 1] from ordinary forward passes, one window at a time, on the CPU in float32."""
-    extra = {"use_cache": False} if accepts(model, "use_cache") else {}
-    losses = []
-    for window in windows.to(model.device):
-        logits = model(input_ids=window[None], **extra).logits[0, :-1]
-        losses.append(token_losses(logits, window[1:]).cpu())
-    return torch.stack(losses)
+def _tokens(stack: Stack, inputs: Inputs) -> int:
+    """Tokens that the layers of this stack see: the decoder's where there is a decoder, else those of the text."""
+    decodes = stack.name.startswith("decoder") and "decoder_input_ids" in inputs
+    return inputs["decoder_input_ids" if decodes else "input_ids"].numel()

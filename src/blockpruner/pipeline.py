@@ -1,70 +1,26 @@
-"""The story of a pruned model, start reading here: open a model, prepare a search, say its price, run it, save."""
+"""The story of a pruned model, start reading here: prepare a search, say its price, run it, save what is left."""
 
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import Unpack
 
 from blockpruner import driver
-from blockpruner.anatomy import read_anatomy
 from blockpruner.artifacts import Work, run_folder
 from blockpruner.blocks import Mask
-from blockpruner.calibration import Calibration, load_calibration
+from blockpruner.calibration import TextOptions
 from blockpruner.checkpoint import Form, Saved, save_pruned
-from blockpruner.errors import InputError
+from blockpruner.data import Data, identity, read_data
 from blockpruner.journal import Journal
-from blockpruner.models import LoadedModel, computation, identify
 from blockpruner.moves import Target, format_protected, parse_protected
-from blockpruner.objective import LossObjective, usual_window
-from blockpruner.parts import Anatomy
-from blockpruner.plan import ModelIdentity, Plan
-from blockpruner.registry import format_method, lookup
+from blockpruner.objective import ModelObjective
+from blockpruner.objectives import OBJECTIVES, parse_objective
+from blockpruner.plan import Plan
+from blockpruner.registry import format_method
 from blockpruner.searches import SEARCHES, parse_search
 from blockpruner.searching import Problem, Progress, Search
-
-OBJECTIVES = {"loss": LossObjective}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model taken apart and known by its fingerprint; folder: where its files are, which nothing writes into."""
-
-    model: PreTrainedModel
-    given_tokenizer: PreTrainedTokenizerBase | None
-    anatomy: Anatomy
-    identity: ModelIdentity
-    folder: Path | None = None
-
-    @property
-    def dtype(self) -> str:
-        return str(self.model.dtype).removeprefix("torch.")
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """What reads text for the model; InputError if the model came without one."""
-        if self.given_tokenizer is None:
-            raise InputError(
-                f"{self.identity.name} has no tokenizer, so it cannot read text",
-                fix="put its tokenizer files beside its weights",
-            )
-        return self.given_tokenizer
-
-
-def open_subject(loaded: LoadedModel) -> Subject:
-    """Prove the anatomy of a loaded model."""
-    return subject_of(loaded.model, loaded.tokenizer, loaded.name, loaded.folder)
-
-
-def subject_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, folder: Path | None = None
-) -> Subject:
-    """Prove the anatomy of a model in memory; `name` may be a path, of which the last part is kept."""
-    return Subject(model, tokenizer, read_anatomy(model), identify(model, name), folder)
+from blockpruner.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -72,8 +28,8 @@ class Task:
     """A search with all that it needs."""
 
     subject: Subject
-    calibration: Calibration
-    objective: LossObjective
+    data: Data
+    objective: ModelObjective
     problem: Problem
     search: Search
     seed: int
@@ -88,34 +44,15 @@ def prepare(
     objective: str = "loss",
     moves: str = "block",
     protect: str = "",
-    tokens: int | None = 16384,
-    window: int | None = None,
-    bos: str = "auto",
-    split: str | None = None,
-    column: str | None = None,
     seed: int = 0,
-    quiet: bool = False,
+    **text: Unpack[TextOptions],
 ) -> Task:
-    """Read the words of the command line into a search that is ready to run; InputError for each that is not right.
-
-    tokens: None takes all the text there is; window: None takes 2048, or the model's context if that is shorter.
-    """
+    """Read the words of the command line into a search that is ready to run; InputError for each that is not right."""
     outline = subject.anatomy.outline
     problem = Problem(outline, moves, Target.parse(target), parse_protected(protect, outline))
-    method = parse_search(search, seed=seed)
-    minimised = lookup(objective, OBJECTIVES, "objective")
-    data = load_calibration(
-        calibration,
-        subject.tokenizer,
-        window=window or usual_window(subject.model),
-        tokens=tokens,
-        seed=seed,
-        bos=bos,
-        split=split,
-        column=column,
-        quiet=quiet,
-    )
-    return Task(subject, data, minimised(subject.model, subject.anatomy, data.windows), problem, method, seed)
+    method, measure = parse_search(search, seed=seed), parse_objective(objective)
+    data = read_data(subject, calibration, measure, seed=seed, **text)
+    return Task(subject, data, data.objective(subject, measure), problem, method, seed)
 
 
 @dataclass(frozen=True)
@@ -134,9 +71,9 @@ class Price:
 class Rehearsal:
     """An objective that costs nothing, finds all masks equal, and counts what they would have cost."""
 
-    objective: LossObjective
+    objective: ModelObjective
     batches: int = 1
-    unit: str = LossObjective.unit
+    unit: str = "nothing"
 
     def losses(self, masks: Sequence[Mask], batch: int) -> list[tuple[float, ...]]:
         return [(0.0,)] * len(masks)
@@ -169,11 +106,11 @@ def find_plan(task: Task, run: Path | None = None, progress: Progress | None = N
             result,
             search=task.search,
             problem=task.problem,
-            objective=format_method(task.objective, OBJECTIVES),
+            objective=format_method(task.objective.measure, OBJECTIVES),
             seed=task.seed,
             dtype=task.subject.dtype,
             model=task.subject.identity,
-            calibration=task.calibration.record.model_dump(mode="json"),
+            calibration=task.data.record.model_dump(mode="json"),
         )
         if folder:
             plan.save(folder / "plan.json")
@@ -185,23 +122,11 @@ def _identity(task: Task) -> dict[str, str]:
 
     Not the target: a search may go on to a deeper one.
     """
-    data = task.calibration.record
     return {
-        "model": task.subject.identity.fingerprint,
-        "computation": computation(task.subject.model),
-        "calibration": f"{data.source}, {data.windows} x {data.window} tokens, BOS {data.bos}, {data.fingerprint}",
-        "seed": str(task.seed),
+        **identity(task.subject, task.data, task.objective, task.seed),
         "search": format_method(task.search, SEARCHES),
-        "objective": format_method(task.objective, OBJECTIVES),
         "moves": task.problem.granularity,
         "protected": ",".join(format_protected(task.problem.protected)),
-        "batch tokens": str(task.objective.batch_tokens),
-        "engine": "plain forward" if task.objective.fallback else "mask tree",
-        "dtype": task.subject.dtype,
-        "device": task.subject.model.device.type,
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-        **{package: version(package) for package in ("torch", "transformers", "blockpruner")},
     }
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -67,6 +67,9 @@ def _option_types(method: type) -> dict[str, Any]:
 
 
 def _convert(value: str, hint: Any, where: str) -> Any:
+    choices = {str(choice): choice for choice in get_args(hint)} if get_origin(hint) is Literal else {}
+    if value in choices:  # pydantic takes no text for a literal number
+        return choices[value]
     try:
         return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_strings(value)
     except ValidationError as error:

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 from blockpruner.artifacts import Estimate, Work
 from blockpruner.blocks import Mask, Move, Outline
 from blockpruner.errors import CheckFailedError
-from blockpruner.moves import GRANULARITIES, Target
+from blockpruner.moves import GRANULARITIES, Target, offered
 from blockpruner.registry import lookup
 
 DENSE: Mask = frozenset()
@@ -62,8 +62,8 @@ class Problem:
 
     def moves(self, mask: Mask) -> tuple[Move, ...]:
         """The moves on offer on top of `mask`, in tie order."""
-        moves = lookup(self.granularity, GRANULARITIES, "kind of move")(self.outline, mask)
-        return tuple(move for move in moves if not any((b.stack, b.layer) in self.protected for b in move.blocks))
+        lookup(self.granularity, GRANULARITIES, "kind of move")
+        return offered(self.granularity, self.outline, mask, self.protected)
 
     def reached(self, mask: Mask, steps: int) -> bool:
         """Whether `mask`, made by `steps` moves, removes enough."""

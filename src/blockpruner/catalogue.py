@@ -1,0 +1,51 @@
+"""Every method there is, as its class describes it: for `list`, and for the tables of the documents."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from blockpruner.criteria import CRITERIA
+from blockpruner.moves import GRANULARITIES, span
+from blockpruner.objectives import OBJECTIVES
+from blockpruner.searches import ALIASES, SEARCHES
+
+Rows = list[dict[str, str]]
+TARGETS = {
+    "blocks=6": "that many blocks",
+    "layers=3": "that many moves of whole layers",
+    "params=-25%": "that share of all parameters, or more",
+}
+
+
+def catalogue() -> dict[str, Rows]:
+    """Shelf -> its methods, a row each."""
+    searches = _rows(SEARCHES, ("title", "source"))
+    searches += [
+        {"name": short, "title": f"the same as {name}", "source": SEARCHES[name].source}
+        for short, name in ALIASES.items()
+    ]
+    kinds = {**GRANULARITIES, "span=N": span}
+    return {
+        "criteria": _rows(CRITERIA, ("title", "source", "needs", "passes", "moves")),
+        "objectives": _rows(OBJECTIVES, ("title", "source", "unit", "reads")),
+        "searches": searches,
+        "moves": [{"name": name, "meaning": _first_line(kind)} for name, kind in kinds.items()],
+        "targets": [{"name": name, "meaning": meaning} for name, meaning in TARGETS.items()],
+    }
+
+
+def markdown(rows: Rows) -> str:
+    """The rows as a table for a document."""
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(_cell(line))} |" for line in lines) + "\n"
+
+
+def _rows(shelf: Mapping[str, Any], fields: Iterable[str]) -> Rows:
+    return [{"name": name} | {field: getattr(method, field) for field in fields} for name, method in shelf.items()]
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]
+
+
+def _cell(values: Iterable[str]) -> list[str]:
+    return [value.replace("|", "\\|") for value in values]

@@ -1,0 +1,141 @@
+"""Criteria on one harness: the same model, moves and data for all that are compared."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
+
+from blockpruner.artifacts import run_folder
+from blockpruner.blocks import Mask, Move, format_mask
+from blockpruner.calibration import TextOptions
+from blockpruner.criteria import CRITERIA, parse_criterion
+from blockpruner.criterion import Criterion, Lab
+from blockpruner.data import Data, identity, read_data
+from blockpruner.errors import InputError
+from blockpruner.evaluations import Evaluations, Notes
+from blockpruner.journal import Journal
+from blockpruner.moves import format_protected, offered, parse_protected
+from blockpruner.objective import ModelObjective
+from blockpruner.objectives import OBJECTIVES, parse_objective
+from blockpruner.registry import format_method
+from blockpruner.scores import CriterionScores, ScoreTable
+from blockpruner.searching import DENSE, Progress
+from blockpruner.subject import Subject
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Criteria that are ready to score the same moves on the same data."""
+
+    subject: Subject
+    data: Data
+    objective: ModelObjective
+    criteria: tuple[Criterion, ...]
+    granularity: str
+    protected: frozenset[tuple[str, int]]
+    moves: tuple[Move, ...]
+    removed: Mask
+    seed: int
+
+    def passes(self) -> dict[str, float]:
+        """About how many forward passes over all the data each criterion takes; a backward pass counts as two."""
+        lab = self.lab(None, None)
+        return {format_method(c, CRITERIA): c.cost(lab, self.moves) for c in self.criteria}
+
+    def seconds(self) -> float:
+        """How long one forward pass over all the data takes here, from one timed pass over a part of it."""
+        return self.objective.seconds(self.objective.work([self.removed]))
+
+    def lab(self, journal: Journal | None, progress: Progress | None) -> Lab:
+        total = len(self.moves) * self.objective.batches
+        return Lab(
+            self.subject.model,
+            self.subject.anatomy,
+            self.data.examples,
+            Evaluations(self.objective, journal, progress, total),
+            Notes(journal),
+            self.removed,
+            progress,
+        )
+
+
+def compare(
+    subject: Subject,
+    *,
+    criteria: Sequence[str | Criterion],
+    calibration: str,
+    objective: str = "loss",
+    moves: str = "block",
+    protect: str = "",
+    removed: Mask = DENSE,
+    seed: int = 0,
+    **text: Unpack[TextOptions],
+) -> Comparison:
+    """Read the words of the command line into criteria that are ready to score; InputError for what is not right.
+
+    criteria: by name, or objects of your own; removed: what is gone already.
+    """
+    outline = subject.anatomy.outline
+    protected = parse_protected(protect, outline)
+    methods = tuple(parse_criterion(one, seed=seed) if isinstance(one, str) else one for one in criteria)
+    found = offered(moves, outline, removed, protected)
+    if not found:
+        raise InputError(
+            f"there is no {moves!r} move in this model, or every one touches a protected layer",
+            fix="use other moves, or protect fewer layers",
+        )
+    measure = parse_objective(objective)
+    data = read_data(subject, calibration, measure, seed=seed, **text)
+    ready = data.objective(subject, measure)
+    return Comparison(subject, data, ready, methods, moves, protected, found, removed, seed)
+
+
+def score(comparison: Comparison, run: Path | None = None, progress: Progress | None = None) -> ScoreTable:
+    """Score every move by every criterion, and leave scores.json in the run folder.
+
+    Each criterion has a journal of its own there; killed, the same call goes on and ends in the same bytes.
+    """
+    subject = comparison.subject
+    with ExitStack() as held:
+        sources = [subject.folder] if subject.folder else []
+        folder = held.enter_context(run_folder(run, sources=sources)) if run else None
+        found = [_scored(comparison, criterion, folder, progress) for criterion in comparison.criteria]
+        table = ScoreTable.made(
+            model=subject.identity,
+            calibration=comparison.data.record.model_dump(mode="json"),
+            question=comparison.data.examples.question,
+            objective=format_method(comparison.objective.measure, OBJECTIVES),
+            moves=comparison.granularity,
+            protected=format_protected(comparison.protected),
+            removed=tuple(str(block) for block in sorted(comparison.removed, key=lambda block: block.order)),
+            seed=comparison.seed,
+            dtype=subject.dtype,
+            criteria=tuple(found),
+        )
+        if folder:
+            table.save(folder / "scores.json")
+    return table
+
+
+def _scored(
+    comparison: Comparison, criterion: Criterion, folder: Path | None, progress: Progress | None
+) -> CriterionScores:
+    name = format_method(criterion, CRITERIA)
+    with ExitStack() as held:
+        journal = None
+        if folder:
+            path = folder / f"scores-{name.partition(':')[0]}.jsonl"
+            journal = held.enter_context(Journal.open(path, _identity(comparison, name)))
+        lab = comparison.lab(journal, progress)
+        return CriterionScores.of(name, criterion.scores(lab, comparison.moves))
+
+
+def _identity(comparison: Comparison, criterion: str) -> dict[str, str]:
+    return {
+        **identity(comparison.subject, comparison.data, comparison.objective, comparison.seed),
+        "criterion": criterion,
+        "moves": comparison.granularity,
+        "protected": ",".join(format_protected(comparison.protected)),
+        "removed": format_mask(comparison.removed),
+    }
