@@ -22,13 +22,14 @@ from blockpruner.criteria import CRITERIA
 from blockpruner.data import read_data
 from blockpruner.models import load
 from blockpruner.objectives import parse_objective
-from blockpruner.scores import CriterionScores, ScoreTable, ranks
+from blockpruner.ranking import ranks
+from blockpruner.scores import CriterionScores, ScoreTable
 from blockpruner.scoring import compare, score
 from blockpruner.subject import Subject, open_subject
 
 TEXT = "text/c4_demo.jsonl"
 ITEMS = "tasks/piqa.jsonl"
-SETTINGS = {"shapley": "shapley:permutations=32"}
+SETTINGS = {"shapley": "shapley:permutations=16"}
 
 
 def main() -> None:
@@ -36,9 +37,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with text/ and tasks/")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--window", type=int, default=128)
-    parser.add_argument("--items", type=int, default=48)
+    parser.add_argument("--items", type=int, default=32)
     parser.add_argument("--remove", type=int, default=6, metavar="K")
     parser.add_argument("--run", type=Path, default=Path("runs/criteria"))
     parser.add_argument("--json", type=Path, required=True)

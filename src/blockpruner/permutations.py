@@ -1,9 +1,8 @@
-"""Random orders that depend on a key alone, walks along them, and how alike two rankings are: pure numbers."""
+"""Random orders that depend on a key alone, and walks along them: pure numbers."""
 
 import hashlib
 import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -68,23 +67,3 @@ def _rise(before: float, after: float) -> float:
     if not math.isfinite(before):
         return math.nan
     return after - before if math.isfinite(after) else math.inf
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """The rank correlation of two lists without NaN, from -1 to 1, ties at the mean of their ranks.
-
-    1 for equal rankings, those without any difference too; else 0 where one of them has no differences.
-    """
-    ranks = _ranks(first), _ranks(second)
-    if ranks[0] == ranks[1]:
-        return 1.0
-    if min(len(set(side)) for side in ranks) == 1:
-        return 0.0
-    return statistics.correlation(*ranks)
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    ordered = sorted(values)
-    first = {value: place for place, value in reversed(list(enumerate(ordered)))}
-    last = {value: place for place, value in enumerate(ordered)}
-    return [(first[value] + last[value]) / 2 for value in values]

@@ -1,7 +1,5 @@
-"""The scores of moves by one or more criteria as data, and how far two rankings agree."""
+"""The scores of moves by one or more criteria as data."""
 
-import statistics
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from pydantic import Field
@@ -9,6 +7,7 @@ from pydantic import Field
 from blockpruner.artifacts import Artifact, Estimate, Record
 from blockpruner.blocks import Move
 from blockpruner.plan import BlockText, ModelIdentity, MoveText
+from blockpruner.ranking import spearman
 from blockpruner.searching import Scores
 
 
@@ -54,9 +53,8 @@ class ScoreTable(Artifact):
         return cls(format=cls.FORMAT, version=cls.VERSION, **fields)
 
     def agreement(self) -> dict[str, dict[str, float | None]]:
-        """Spearman's rank correlation between every two criteria."""
-        lists = {one.criterion: list(one.scores.values()) for one in self.criteria}
-        return {a: {b: spearman(lists[a], lists[b]) for b in lists} for a in lists}
+        """Spearman's rank correlation between every two criteria over the moves that both scored, if two or more."""
+        return {a.criterion: {b.criterion: _agreement(a, b) for b in self.criteria} for a in self.criteria}
 
 
 def least_first(scores: Scores) -> list[Move]:
@@ -65,19 +63,7 @@ def least_first(scores: Scores) -> list[Move]:
     return [*sorted(known, key=known.__getitem__), *(move for move in scores if move not in known)]
 
 
-def ranks(values: Sequence[float]) -> list[float]:
-    """The place of each value among all, from 1; equals share the mean of their places."""
-    order = sorted(values)
-    places: Mapping[float, list[int]] = {}
-    for place, value in enumerate(order, 1):
-        places.setdefault(value, []).append(place)
-    return [statistics.fmean(places[value]) for value in values]
-
-
-def spearman(first: Sequence[Estimate | None], second: Sequence[Estimate | None]) -> float | None:
-    """Spearman's rank correlation over the moves that both scored; None for fewer than two, or where all are equal."""
-    pairs = [(a.value, b.value) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-    sides = [ranks(side) for side in zip(*pairs, strict=True)]
-    if len(pairs) < 2 or any(len(set(side)) < 2 for side in sides):
-        return None
-    return statistics.correlation(*sides)
+def _agreement(first: CriterionScores, second: CriterionScores) -> float | None:
+    both = zip(first.scores.values(), second.scores.values(), strict=True)
+    pairs = [(a.value, b.value) for a, b in both if a is not None and b is not None]
+    return spearman(*zip(*pairs, strict=True)) if len(pairs) > 1 else None

@@ -40,15 +40,16 @@ class Comparison:
 
     def passes(self) -> dict[str, float]:
         """About how many forward passes over all the data each criterion takes; a backward pass counts as two."""
-        lab = self.lab(None, None)
+        lab = self.lab()
         return {format_method(c, CRITERIA): c.cost(lab, self.moves) for c in self.criteria}
 
     def seconds(self) -> float:
         """How long one forward pass over all the data takes here, from one timed pass over a part of it."""
         return self.objective.seconds(self.objective.work([self.removed]))
 
-    def lab(self, journal: Journal | None, progress: Progress | None) -> Lab:
-        total = len(self.moves) * self.objective.batches
+    def lab(self, journal: Journal | None = None, progress: Progress | None = None, passes: float = 0.0) -> Lab:
+        """What a criterion looks at; passes: about how many evaluations of masks it will ask for."""
+        total = round(passes * self.objective.batches)
         return Lab(
             self.subject.model,
             self.subject.anatomy,
@@ -127,7 +128,8 @@ def _scored(
         if folder:
             path = folder / f"scores-{name.partition(':')[0]}.jsonl"
             journal = held.enter_context(Journal.open(path, _identity(comparison, name)))
-        lab = comparison.lab(journal, progress)
+        cost = criterion.cost(comparison.lab(), comparison.moves)
+        lab = comparison.lab(journal, progress, cost)
         return CriterionScores.of(name, criterion.scores(lab, comparison.moves))
 
 

@@ -7,7 +7,8 @@ from blockpruner.checkpoint import Saved
 from blockpruner.console import table
 from blockpruner.evaluation.quality import Evaluation
 from blockpruner.plan import Plan
-from blockpruner.scores import ScoreTable, ranks
+from blockpruner.ranking import ranks
+from blockpruner.scores import ScoreTable
 from blockpruner.subject import Subject
 
 

@@ -34,5 +34,5 @@ CRITERIA: dict[str, type[Criterion]] = {
 
 
 def parse_criterion(text: str, *, seed: int = 0) -> Criterion:
-    """The criterion that `text` names, as in `update-norm:p=1`; `seed` is for those that were given none of their own."""
+    """The criterion that `text` names, as in `update-norm:p=1`; `seed` where it takes one and was given none."""
     return parse_method(text, CRITERIA, "criterion", seed=seed)

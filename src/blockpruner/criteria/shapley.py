@@ -12,7 +12,8 @@ from blockpruner.criterion import Lab, Needs
 from blockpruner.errors import InputError
 from blockpruner.evaluations import estimate
 from blockpruner.game import Game
-from blockpruner.permutations import Walk, shuffled, spearman
+from blockpruner.permutations import Walk, shuffled
+from blockpruner.ranking import spearman
 from blockpruner.searching import Scores
 
 STRIDE = 8  # places of a walk that are evaluated at once when it may end early
