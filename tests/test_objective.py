@@ -180,9 +180,9 @@ def test_the_tree_costs_about_half_and_plain_passes_are_counted_as_such():
     windows = token_ids(3, 12)
     blocks = anatomy_of("llama").outline.blocks
     masks = [frozenset([block]) for block in blocks]
-    tree = loss_of(shared("llama"), anatomy_of("llama"), windows).work(masks)
+    tree = loss_of(shared("llama"), anatomy_of("llama"), windows).work(masks, 0)
     model = planted()
-    passes = loss_of(model, read_anatomy(model), windows).work(masks)
+    passes = loss_of(model, read_anatomy(model), windows).work(masks, 0)
     each = len(blocks) // 2 * len(blocks) - len(blocks) // 2
     assert passes == Work(attention_tokens=each * 36, mlp_tokens=each * 36, head_tokens=len(blocks) * 33)
     assert tree.head_tokens == passes.head_tokens
@@ -203,7 +203,7 @@ def test_no_more_logits_exist_at_once_than_asked_for(monkeypatch):
     finally:
         handle.remove()
     assert max(sizes) <= 12 * VOCABULARY
-    assert sum(sizes) == found.work([DENSE]).head_tokens * VOCABULARY == 3 * 39 * VOCABULARY
+    assert sum(sizes) == found.work([DENSE], 0).head_tokens * VOCABULARY == 3 * 39 * VOCABULARY
 
 
 MEASURES = {

@@ -263,6 +263,7 @@ def test_every_mask_is_paid_for_once_and_work_is_counted_per_sweep():
         title: ClassVar[str] = "Asks for what it knows"
         source: ClassVar[str] = "this test"
         nested: ClassVar[bool] = True
+        ranks: ClassVar[bool] = False
 
         def propose(self, problem: Problem) -> Proposals:
             first, second, *_ = problem.moves(DENSE)
@@ -279,7 +280,8 @@ def test_every_mask_is_paid_for_once_and_work_is_counted_per_sweep():
     result = run(Repeats(), toy_problem(2, "block", "blocks=1"), toy)
     assert len(toy.asked) == len(set(toy.asked)) == 3 * Toy.batches
     assert result.evaluations == 3
-    assert result.work == Work(attention_tokens=21, mlp_tokens=15, head_tokens=3)
+    units = sum(map(len, NOISE))
+    assert result.work == Work(attention_tokens=21 * units, mlp_tokens=15 * units, head_tokens=3 * Toy.batches)
 
 
 def test_a_search_that_gives_up_is_said_to_have_run_out_of_moves():

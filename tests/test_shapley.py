@@ -66,7 +66,7 @@ class Game:
     def mean(self, mask):
         return math.fsum(self.loss(mask, unit) for unit in range(sum(SIZES))) / sum(SIZES)
 
-    def work(self, masks):
+    def work(self, masks, batch):
         return Work(attention_tokens=len(masks))
 
 

@@ -38,8 +38,9 @@ class Toy:
         self.asked += [(mask, batch) for mask in masks]
         return [tuple(self.rule(mask) + noise for noise in NOISE[batch]) for mask in masks]
 
-    def work(self, masks: Sequence[Mask]) -> Work:
-        return Work(attention_tokens=7 * len(masks), mlp_tokens=5 * len(masks), head_tokens=len(masks))
+    def work(self, masks: Sequence[Mask], batch: int) -> Work:
+        units = len(NOISE[batch])
+        return Work(attention_tokens=7 * units * len(masks), mlp_tokens=5 * units * len(masks), head_tokens=len(masks))
 
 
 def additive(weights: dict[str, float]) -> Callable[[Mask], float]:

@@ -4,18 +4,23 @@ A search is deterministic, so a killed run resumes by running again: the journal
 the same decisions follow.
 """
 
-from blockpruner.blocks import Mask
-from blockpruner.errors import CheckFailedError
+from collections.abc import Callable
+from typing import Any
+
+from blockpruner.errors import CheckFailedError, InputError
 from blockpruner.evaluations import Evaluations
 from blockpruner.journal import Journal
 from blockpruner.searching import (
     DENSE,
     Chosen,
-    Losses,
     Objective,
+    Partly,
     Problem,
     Progress,
     Proposals,
+    Ranked,
+    Request,
+    Scorer,
     Search,
     SearchResult,
     Step,
@@ -36,6 +41,7 @@ def run(
     journal: Journal | None = None,
     progress: Progress | None = None,
     budget: int | None = None,
+    scorer: Callable[[Evaluations], Scorer] | None = None,
 ) -> SearchResult:
     """Run `search` until it ends, until `budget` evaluations are made, or until Ctrl-C.
 
@@ -44,6 +50,7 @@ def run(
     progress: called with (done, total, message), in masks times micro-batches, before the first evaluation that the
     journal does not answer and after each one; the time since that first call tells the speed. total may be a bound.
     budget: masks to evaluate at most, the dense one included; an ask that would exceed it is not begun.
+    scorer: makes what scores moves for searches that ask a criterion; it may evaluate masks, which count as well.
     CheckFailedError if the dense loss is not finite. Ctrl-C before the dense loss is known is passed on.
     """
     total = price(search, problem) if budget is None else min(price(search, problem), budget)
@@ -53,28 +60,45 @@ def run(
         raise CheckFailedError("the loss of the dense model is not a finite number", fix="load it with --dtype float32")
     steps: list[Step] = []
     try:
-        stop = _follow(search, problem, sweeps, steps, budget)
+        stop = _follow(search, problem, sweeps, steps, budget, scorer(sweeps) if scorer else None)
     except KeyboardInterrupt:
         stop = Stop.INTERRUPTED
-    return SearchResult(tuple(steps), dense, stop, len(sweeps.known), sweeps.work)
+    return SearchResult(tuple(steps), dense, stop, sweeps.evaluated(()), sweeps.work)
 
 
-def _follow(search: Search, problem: Problem, sweeps: Evaluations, steps: list[Step], budget: int | None) -> Stop:
+def _follow(
+    search: Search,
+    problem: Problem,
+    sweeps: Evaluations,
+    steps: list[Step],
+    budget: int | None,
+    scorer: Scorer | None,
+) -> Stop:
     """Answer the search until it ends; its decisions go into `steps`, where an interrupt does not lose them."""
     mask, answer = DENSE, None
     proposals = search.propose(problem)
     while (request := _tell(proposals, answer)) is not None:
-        if isinstance(request, Chosen):
-            mask, answer = mask | request.move.blocks, None
-            steps.append(Step(request.move, sweeps.known.get(mask), request.scores))
-        elif budget is not None and len({*sweeps.known, *request}) > budget:
-            return Stop.BUDGET
-        else:
-            answer = sweeps.losses(request, f"step {len(steps) + 1}, {len(request)} masks")
+        message = f"step {len(steps) + 1}"
+        match request:
+            case Chosen(move, scores):
+                mask, answer = mask | move.blocks, None
+                steps.append(Step(move, sweeps.known.get(mask), scores))
+            case Ranked(gone, moves):
+                if scorer is None:
+                    raise InputError(f"{search.title} ranks moves by a criterion", fix="name one with --criterion")
+                answer = scorer(gone, moves)
+            case Partly(masks, batches):
+                if budget is not None and sweeps.evaluated(masks) > budget:
+                    return Stop.BUDGET
+                answer = sweeps.partly(masks, batches, f"{message}, {len(masks)} masks")
+            case masks:
+                if budget is not None and sweeps.evaluated(masks) > budget:
+                    return Stop.BUDGET
+                answer = sweeps.losses(masks, f"{message}, {len(masks)} masks")
     return Stop.TARGET if problem.reached(mask, len(steps)) else Stop.NO_MOVES
 
 
-def _tell(proposals: Proposals, answer: Losses | None) -> tuple[Mask, ...] | Chosen | None:
+def _tell(proposals: Proposals, answer: Any) -> Request | None:
     """Answer the last request and return the next one; None when the search is done."""
     try:
         return next(proposals) if answer is None else proposals.send(answer)

@@ -39,16 +39,17 @@ class Evaluations:
         self._progress = progress
         self._announced = False
         self._done = 0
+        # What was asked for in this run, whether remembered or not: the figures of a resumed run are those of an
+        # undisturbed one.
+        self._counted: set[tuple[Mask, int]] = set()
+        self._masks: set[Mask] = set()
 
     def losses(self, masks: Iterable[Mask], message: str) -> Losses:
         """The mean loss of each mask over all units, with its standard error; None if that of a unit is not finite."""
         masks = tuple(dict.fromkeys(masks))
         fresh = [mask for mask in masks if mask not in self.known]
         for batch in range(self.objective.batches):
-            self._sweep(fresh, batch, message)
-        if fresh:
-            # Counted as if nothing had been remembered: the plan of a resumed run is the plan of an undisturbed one.
-            self.work += self.objective.work(fresh)
+            self.part(fresh, batch, message)
         self.known |= {mask: estimate(self.values(mask), self.objective.unit) for mask in fresh}
         return {mask: self.known[mask] for mask in masks}
 
@@ -60,7 +61,22 @@ class Evaluations:
         """The losses of the units of one micro-batch alone, by mask; for estimates that sample the data."""
         masks = tuple(dict.fromkeys(masks))
         self._sweep(masks, batch, message)
+        fresh = [mask for mask in masks if (mask, batch) not in self._counted]
+        if fresh:
+            self.work += self.objective.work(fresh, batch)
+            self._counted |= {(mask, batch) for mask in fresh}
+            self._masks |= set(fresh)
         return {mask: self._memo[mask, batch] for mask in masks}
+
+    def partly(self, masks: Iterable[Mask], batches: Sequence[int], message: str) -> Losses:
+        """The mean loss of each mask over the units of these micro-batches alone, with its standard error."""
+        masks = tuple(dict.fromkeys(masks))
+        parts = [self.part(masks, batch, message) for batch in batches]
+        return {mask: estimate([loss for part in parts for loss in part[mask]], self.objective.unit) for mask in masks}
+
+    def evaluated(self, more: Iterable[Mask]) -> int:
+        """How many masks were evaluated, in part or in whole, or would be with `more`."""
+        return len(self._masks.union(more))
 
     def _sweep(self, masks: Sequence[Mask], batch: int, message: str) -> None:
         missing = [mask for mask in masks if (mask, batch) not in self._memo]

@@ -66,16 +66,17 @@ class ModelObjective:
         for sums, counts in rows(masks, part):
             yield self.measure.units(sums.tolist(), counts, part.lengths, part.gold)
 
-    def work(self, masks: Sequence[Mask]) -> Work:
-        """What evaluating `masks` on all examples costs, counted: shared prefixes once, unless the tree is not used."""
+    def work(self, masks: Sequence[Mask], batch: int) -> Work:
+        """What evaluating `masks` on one micro-batch costs, counted: shared prefixes once, if the tree is used."""
+        part = self._parts[batch]
         groups = [[mask] for mask in masks] if self.fallback else [list(masks)]
-        heads = sum(part.targets.shape[0] * len(_positions(part)) for part in self._parts) * len(set(masks))
+        heads = part.targets.shape[0] * len(_positions(part)) * len(set(masks))
         if self.measure.compares:
             heads += heads // HEADS
             groups = [[*group, DENSE] for group in groups]
         total = Work(head_tokens=heads)
         for stack in self.anatomy.stacks:
-            tokens = sum(_tokens(stack, part.inputs) for part in self._parts)
+            tokens = _tokens(stack, part.inputs)
             total = sum((sweep_work(stack.layers, group, tokens) for group in groups), total)
         return total
 

@@ -72,14 +72,17 @@ class Rehearsal:
     """An objective that costs nothing, finds all masks equal, and counts what they would have cost."""
 
     objective: ModelObjective
-    batches: int = 1
     unit: str = "nothing"
+
+    @property
+    def batches(self) -> int:
+        return self.objective.batches
 
     def losses(self, masks: Sequence[Mask], batch: int) -> list[tuple[float, ...]]:
         return [(0.0,)] * len(masks)
 
-    def work(self, masks: Sequence[Mask]) -> Work:
-        return self.objective.work(masks)
+    def work(self, masks: Sequence[Mask], batch: int) -> Work:
+        return self.objective.work(masks, batch)
 
 
 def quote(task: Task) -> Price:

@@ -45,7 +45,8 @@ class Comparison:
 
     def seconds(self) -> float:
         """How long one forward pass over all the data takes here, from one timed pass over a part of it."""
-        return self.objective.seconds(self.objective.work([self.removed]))
+        work = (self.objective.work([self.removed], batch) for batch in range(self.objective.batches))
+        return sum(map(self.objective.seconds, work))
 
     def lab(self, journal: Journal | None = None, progress: Progress | None = None, passes: float = 0.0) -> Lab:
         """What a criterion looks at; passes: about how many evaluations of masks it will ask for."""

@@ -7,7 +7,7 @@ the business of the `driver`: evaluating, remembering, the journal, counting, pr
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from blockpruner.artifacts import Estimate, Work
 from blockpruner.blocks import Mask, Move, Outline
@@ -40,8 +40,8 @@ class Objective(Protocol):
         """Per mask, in order and as they become known, the loss of each window of micro-batch `batch`; may be NaN."""
         ...
 
-    def work(self, masks: Sequence[Mask]) -> Work:
-        """The counted work of evaluating `masks` on all micro-batches in one sweep."""
+    def work(self, masks: Sequence[Mask], batch: int) -> Work:
+        """The counted work of evaluating `masks` on one micro-batch in one sweep."""
         ...
 
 
@@ -49,13 +49,16 @@ class Objective(Protocol):
 class Problem:
     """What a search sees of its task: which moves there are, and when enough is removed.
 
-    protected: (stack, layer) of layers that no move may touch. InputError if the target cannot be reached.
+    protected: (stack, layer) of layers that no move may touch; batches: number of micro-batches of the objective;
+    start: the moves of an earlier plan, for searches that improve one. InputError if the target cannot be reached.
     """
 
     outline: Outline
     granularity: str
     target: Target
     protected: frozenset[tuple[str, int]] = frozenset()
+    batches: int = 1
+    start: tuple[Move, ...] = ()
 
     def __post_init__(self) -> None:
         self.target.check(self.outline, self.granularity, self.moves(DENSE))
@@ -81,30 +84,52 @@ Scores = Mapping[Move, Estimate | None]
 class Chosen:
     """A decision: the move taken, and what every move that stood against it would have led to.
 
-    scores: the loss after each move, lower = better; None where it was not a finite number.
+    scores: the loss after each move, lower = better, or, where a criterion decided, its score, lower = goes first;
+    None where it was not a finite number.
     """
 
     move: Move
     scores: Scores
 
 
+@dataclass(frozen=True)
+class Partly:
+    """Masks to be evaluated on some micro-batches alone, by their numbers: for looks that need not be exact."""
+
+    masks: tuple[Mask, ...]
+    batches: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Moves to be scored on top of `mask` by the criterion of the run; the answer has higher = keep."""
+
+    mask: Mask
+    moves: tuple[Move, ...]
+
+
 Losses = Mapping[Mask, Estimate | None]
-Proposals = Generator[tuple[Mask, ...] | Chosen, Losses, None]
+Request = tuple[Mask, ...] | Partly | Ranked | Chosen
+Proposals = Generator[Request, Any, None]
+Scorer = Callable[[Mask, Sequence[Move]], Scores]
 
 
 class Search(Protocol):
     """How masks are tried: a frozen dataclass, its fields the options of the method, one file in `searches/`.
 
-    title, source: its name and paper; nested: whether every first part of its steps is itself a plan.
+    title, source: its name and paper; nested: whether every first part of its steps is itself a plan; ranks: whether
+    it asks for the scores of a criterion.
     """
 
     title: ClassVar[str]
     source: ClassVar[str]
     nested: ClassVar[bool]
+    ranks: ClassVar[bool]
 
     def propose(self, problem: Problem) -> Proposals:
-        """Yield masks to be sent their losses (None: not finite); yield `Chosen` for each decision, in order.
+        """Yield masks, or `Partly`, to be sent their losses; yield `Ranked` to be sent scores (None: not finite).
 
+        Yield `Chosen` for each decision, in order; it is sent None. The decisions are the plan.
         Deterministic: randomness comes from a seed and the number of the step, never from a generator kept between.
         """
         ...

@@ -18,6 +18,7 @@ class Exhaustive:
     title: ClassVar[str] = "Exhaustive greedy (BlockPruner)"
     source: ClassVar[str] = "Zhong et al. 2024, arXiv 2406.10594"
     nested: ClassVar[bool] = True
+    ranks: ClassVar[bool] = False
 
     def propose(self, problem: Problem) -> Proposals:
         mask, steps = DENSE, 0

@@ -19,6 +19,7 @@ class Random:
     title: ClassVar[str] = "Random removal"
     source: ClassVar[str] = "baseline"
     nested: ClassVar[bool] = True
+    ranks: ClassVar[bool] = False
 
     def propose(self, problem: Problem) -> Proposals:
         mask, steps = DENSE, 0
