@@ -25,7 +25,7 @@ from blockpruner.console import Progress
 from blockpruner.data import read_data
 from blockpruner.models import load
 from blockpruner.objectives.embedding import Embedding
-from blockpruner.pipeline import Rehearsal, find_plan, prepare
+from blockpruner.planning import Rehearsal, find_plan, prepare
 from blockpruner.searches.random import Random
 from blockpruner.searching import DENSE
 from blockpruner.subject import Subject, open_subject

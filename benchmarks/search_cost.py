@@ -261,7 +261,7 @@ def exhaustive(options: argparse.Namespace) -> dict[str, Any]:
     """The same search on the mask tree; its dense evaluation, which the loop does not make, is counted too."""
     from blockpruner.console import Progress
     from blockpruner.models import load
-    from blockpruner.pipeline import find_plan, prepare
+    from blockpruner.planning import find_plan, prepare
     from blockpruner.searching import Stop
     from blockpruner.subject import open_subject
 

@@ -14,9 +14,13 @@ import torch
 import blockpruner as bp
 from blockpruner import checkpoint as checkpoints
 from blockpruner import cli
+from blockpruner.commands import finding, telling
+from blockpruner.data import read_data
 from blockpruner.errors import InputError
 from blockpruner.evaluation.quality import load_text
-from blockpruner.pipeline import prepare
+from blockpruner.planning import prepare
+from blockpruner.recipe import Text
+from blockpruner.scoring import compare
 
 README = Path(__file__).parents[1] / "README.md"
 SEARCH: dict[str, Any] = {"target": "blocks=2", "tokens": 96, "window": 16}
@@ -112,11 +116,16 @@ def numbers(options):
 
 
 def test_python_and_the_command_line_have_the_same_defaults():
-    text = ("tokens", "window", "bos", "split", "column", "seed")
-    search = (*text, "objective", "moves", "protect")
-    assert defaults(prepare, *search) == numbers(defaults(cli.search, *search))
-    assert defaults(prepare, "search")["search"] == defaults(cli.search, "method")["method"]
-    assert defaults(load_text, *text) == numbers(defaults(cli.evaluate, *text)) == defaults(prepare, *text)
+    search = ("seed", "criterion", "objective", "moves", "protect")
+    assert defaults(prepare, *search) == defaults(finding.search, *search)
+    assert defaults(prepare, "search")["search"] == defaults(finding.search, "method")["method"]
+    score = ("seed", "objective", "moves", "protect")
+    assert defaults(compare, *score) == defaults(finding.score, *score)
+    text = ("tokens", "window", "bos", "split", "column")
+    found = [numbers(defaults(verb, *text)) for verb in (finding.search, finding.score, telling.evaluate)]
+    assert found == [{name: Text.model_fields[name].default for name in text}] * 3
+    for reader in (read_data, load_text):
+        assert str(found[0]["tokens"]) in inspect.getsource(reader)
 
 
 def test_the_example_of_the_readme_uses_names_and_options_that_there_are():

@@ -15,8 +15,9 @@ import pytest
 import typer.main
 
 from blockpruner import checkpoint as checkpoints
-from blockpruner import cli, demo, exits, models, pipeline
+from blockpruner import cli, demo, exits, models, planning
 from blockpruner.artifacts import run_folder, write_json
+from blockpruner.commands import finding, telling
 from blockpruner.console import say
 from blockpruner.criteria import CRITERIA
 from blockpruner.errors import CheckFailedError
@@ -59,7 +60,8 @@ def subject(checkpoint):
 @pytest.fixture
 def opened(monkeypatch, subject, checkpoint):
     """Spares the loading, of which the tests of `models` and `anatomy` have more to say."""
-    monkeypatch.setattr(cli, "_open", lambda *_: say("loading") or subject)
+    for verbs in cli.VERBS:
+        monkeypatch.setattr(verbs, "opened", lambda *_: say("loading") or subject)
 
 
 @pytest.fixture
@@ -78,10 +80,10 @@ def search(run, checkpoint, prose):
 @pytest.fixture(scope="module")
 def plan_file(subject, prose, tmp_path_factory):
     """The plan of attention.2 and one more block."""
-    task = pipeline.prepare(subject, target="blocks=2", calibration=str(prose), tokens=96, window=16)
-    pipeline.find_plan(task, tmp_path_factory.mktemp("plan"))
+    task = planning.prepare(subject, target="blocks=2", calibration=str(prose), tokens=96, window=16)
+    planning.find_plan(task, tmp_path_factory.mktemp("plan"))
     path = tmp_path_factory.mktemp("plan") / "plan.json"
-    pipeline.find_plan(task).save(path)
+    planning.find_plan(task).save(path)
     return path
 
 
@@ -154,7 +156,8 @@ def test_a_dry_run_says_the_price_and_writes_nothing(search, opened, flags):
         assert price.pop("seconds") >= 0
         assert price["evaluations"] == 16
         assert price["head_tokens"] == 16 * 6 * 15
-        assert price.keys() == {"evaluations", "attention_tokens", "mlp_tokens", "head_tokens"}
+        assert price.keys() == {"evaluations", "attention_tokens", "mlp_tokens", "head_tokens", "passes"}
+        assert price["passes"] == 0, "greedy ranks nothing"
     else:
         assert done.out == ""
 
@@ -388,7 +391,7 @@ def test_a_run_folder_in_use_or_begun_otherwise_is_exit_code_5(search, opened):
 
 def test_a_bug_of_ours_keeps_its_traceback_in_a_file(run, monkeypatch, tmp_path):
     monkeypatch.setattr(exits.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(cli, "_print_json", lambda _: {}["boom"])
+    monkeypatch.setattr(telling, "print_json", lambda _: {}["boom"])
     done = run("list", "--json")
     assert done.code == 1
     (file,) = tmp_path.glob("blockpruner-*.txt")
@@ -417,7 +420,7 @@ def test_ctrl_c_says_the_command_to_go_on_with(run, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_open", fail)
+    monkeypatch.setattr(finding, "opened", fail)
     done = run("inspect", "my model")
     assert done.code == 130
     assert done.err == "interrupted\nresume with: blockpruner inspect 'my model'\n"
@@ -454,10 +457,9 @@ def test_help_version_and_list_are_quick_because_they_import_nothing_heavy():
 
 
 def test_every_verb_imports_torch_only_when_it_runs():
-    tree = ast.parse(inspect.getsource(cli))
-    imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert {name for name in imported if name and name.startswith("blockpruner")} == {
-        "blockpruner.console",
-        "blockpruner.errors",
-        "blockpruner.exits",
-    }
+    light = {"command", "console", "errors", "exits", "options"}
+    for verbs in cli.VERBS:
+        tree = ast.parse(inspect.getsource(verbs))
+        imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        ours = {name.removeprefix("blockpruner.") for name in imported if name and name.startswith("blockpruner")}
+        assert ours <= light, verbs

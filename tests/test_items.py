@@ -87,7 +87,7 @@ def test_what_is_no_item_is_named_by_file_and_record(record, tmp_path):
     source = written(tmp_path / "task.jsonl", [RECORDS[0][0], record])
     with pytest.raises(InputError, match=r"task.jsonl, record 1 is no multiple-choice item"):
         read_items(source)
-    with pytest.raises(InputError, match="no file of multiple-choice items"):
+    with pytest.raises(InputError, match="no source of multiple-choice items"):
         read_items("builtin")
 
 

@@ -54,7 +54,8 @@ def test_a_searched_plan_carries_its_evidence(searched):
     saved = searched.model_dump(mode="json")
     assert [step["remove"] for step in saved["steps"]] == [["attention.2"], ["mlp.3"], ["attention.1"]]
     assert saved["method"] == {
-        "search": "exhaustive",
+        "search": "exhaustive:ends=False",
+        "criterion": None,
         "objective": "loss",
         "moves": "block",
         "target": "blocks=3",
@@ -69,7 +70,7 @@ def test_a_searched_plan_carries_its_evidence(searched):
     assert first["loss"]["n"] == 5
     assert saved["calibration"] == CALIBRATION
     assert (saved["stop_reason"], saved["evaluations"]) == ("the target is reached", 1 + 6 + 5 + 4)
-    assert saved["work"]["mlp_tokens"] == 5 * 16
+    assert saved["work"]["mlp_tokens"] == 5 * 5 * 16  # five windows
 
 
 def test_the_least_plan_written_by_hand_is_enough(tmp_path):

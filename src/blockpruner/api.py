@@ -14,12 +14,12 @@ from blockpruner.checkpoint import Form, Saved
 from blockpruner.criterion import Criterion
 from blockpruner.evaluation.quality import Evaluation, evaluate_masks, load_text
 from blockpruner.parts import Anatomy
-from blockpruner.pipeline import find_plan, prepare, save_subject
 from blockpruner.plan import Plan
+from blockpruner.planning import find_plan, prepare
 from blockpruner.scores import ScoreTable
 from blockpruner.scoring import compare
 from blockpruner.searching import Progress
-from blockpruner.subject import Subject, subject_of
+from blockpruner.subject import Subject, save_subject, subject_of
 
 
 class ScoreOptions(TextOptions, total=False):
@@ -33,7 +33,7 @@ class ScoreOptions(TextOptions, total=False):
 
 
 class SearchOptions(TextOptions, total=False):
-    """The options of `blockpruner search`; see `pipeline.prepare`."""
+    """The options of `blockpruner search`; see `planning.prepare`."""
 
     search: str
     objective: str
@@ -94,7 +94,7 @@ def save(
 ) -> Saved:
     """Write `model` without the blocks of `plan` to the new folder `out`, reloaded in a fresh process and compared.
 
-    See `pipeline.save_subject`; saving stand-ins removes the blocks from `model` for good.
+    See `subject.save_subject`; saving stand-ins removes the blocks from `model` for good.
     """
     return save_subject(_subject(model, tokenizer), plan, Path(out), first=first, form=form)
 

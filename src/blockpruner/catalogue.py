@@ -6,6 +6,7 @@ from typing import Any
 from blockpruner.criteria import CRITERIA
 from blockpruner.moves import GRANULARITIES, span
 from blockpruner.objectives import OBJECTIVES
+from blockpruner.recipe import Recipe, names
 from blockpruner.searches import ALIASES, SEARCHES
 
 Rows = list[dict[str, str]]
@@ -28,6 +29,7 @@ def catalogue() -> dict[str, Rows]:
         "criteria": _rows(CRITERIA, ("title", "source", "needs", "passes", "moves")),
         "objectives": _rows(OBJECTIVES, ("title", "source", "unit", "reads")),
         "searches": searches,
+        "recipes": [{"name": name, "title": (one := Recipe.read(name)).title, "source": one.paper} for name in names()],
         "moves": [{"name": name, "meaning": _first_line(kind)} for name, kind in kinds.items()],
         "targets": [{"name": name, "meaning": meaning} for name, meaning in TARGETS.items()],
     }

@@ -44,7 +44,7 @@ def read_data(subject: Subject, source: str, measure: Measure, *, seed: int = 0,
                 f"{type(subject.model).__name__} does not write from left to right, so it cannot choose answers",
                 fix="use another objective",
             )
-        label, items = read_items(source)
+        label, items = read_items(source, split=text.get("split"))
         examples, record = item_examples(items, subject.tokenizer, label, bos=bos, longest=context(subject.model))
         return Data(examples, record)
     found = load_calibration(

@@ -14,10 +14,10 @@ from blockpruner.driver import run
 from blockpruner.errors import CheckFailedError
 from blockpruner.evaluation.quality import Evaluation, evaluate_masks
 from blockpruner.models import load
-from blockpruner.pipeline import Rehearsal, Task, find_plan, prepare, quote, save_subject
+from blockpruner.planning import Rehearsal, Task, find_plan, prepare, quote
 from blockpruner.searches.random import Random
 from blockpruner.searching import Stop
-from blockpruner.subject import open_subject
+from blockpruner.subject import open_subject, save_subject
 from blockpruner.tables import print_evaluation, print_plan, print_saved
 
 WINDOW, SEARCH_TOKENS, EVALUATION_TOKENS, BLOCKS, RANDOM_PLANS = 256, 1024, 8192, 6, 5

@@ -6,6 +6,7 @@ choices, answer; the letters are the answers), BoolQ (passage, question, label),
 answer), or of any task of your own: context, choices, gold. Prompts are those of lm-evaluation-harness, zero-shot.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -18,8 +19,8 @@ import torch
 from blockpruner.calibration import CalibrationRecord, fingerprint, resolve_bos
 from blockpruner.errors import InputError
 from blockpruner.examples import IGNORED, Examples
-from blockpruner.textfiles import read_text
-from blockpruner.texts import parse_slice
+from blockpruner.textfiles import hub_rows, read_text
+from blockpruner.texts import HUB_NAME, parse_slice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,20 +37,37 @@ class Item:
     gold: int
 
 
-def read_items(source: str) -> tuple[str, list[Item]]:
-    """The label of a source, a file by its name without folders, and its items; InputError names file and line."""
+def read_items(source: str, *, split: str | None = None) -> tuple[str, list[Item]]:
+    """The label of a source, a file by its name without folders, and its items; InputError names file and line.
+
+    split: of a hub data set, `test` unless named.
+    """
     name, start, stop = parse_slice(source)
     path = Path(name).expanduser()
-    if path.suffix != ".jsonl":
+    if path.suffix == ".jsonl":
+        lines = (line for line in read_text(path).splitlines() if line.strip())
+        records, place, label = map(_read, lines), str(path), source.replace(name, path.name)
+    elif hub := HUB_NAME.fullmatch(name):
+        records, place, label = hub_rows(hub[1], hub[2], split or "test", stream=True), name, source
+    else:
         raise InputError(
-            f"{source!r} is no file of multiple-choice items",
-            fix="give FILE.jsonl or FILE.jsonl[0:200], of PIQA, ARC, MMLU, HellaSwag, ... or context, choices, gold",
+            f"{source!r} is no source of multiple-choice items",
+            fix="give FILE.jsonl, FILE.jsonl[0:200] or org/name[:config] of PIQA, ARC, MMLU, HellaSwag, BoolQ, "
+            "WinoGrande, or with context, choices and gold",
         )
-    lines = [line for line in read_text(path).splitlines() if line.strip()][start:stop]
-    items = [_item(line, f"{path}, record {number}") for number, line in enumerate(lines, start)]
+    chosen = enumerate(itertools.islice(records, start, stop), start)
+    items = [_item(record, f"{place}, record {number}") for number, record in chosen]
     if not items:
         raise InputError(f"{source} holds no items", fix="name another part of it")
-    return source.replace(name, path.name), items
+    return label, items
+
+
+def _read(line: str) -> Any:
+    """A record, or, where it is no JSON, the error: it is said with the place."""
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        return error
 
 
 def item_examples(
@@ -99,18 +117,17 @@ def item_examples(
     return Examples("choices", {"input_ids": ids}, targets, lengths, gold), record
 
 
-def _item(line: str, where: str) -> Item:
+def _item(record: Any, where: str) -> Item:
+    why, found = "", None
     try:
-        record = json.loads(line)
+        if isinstance(record, Exception):
+            raise record
         found = _known(record) if isinstance(record, dict) else None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise InputError(
-            f"{where} is no multiple-choice item ({type(error).__name__}: {error})", fix="mend it"
-        ) from None
+        why = f" ({type(error).__name__}: {error})"
     if found is None or not 0 <= found.gold < len(found.answers) or len(found.answers) < 2:
-        raise InputError(
-            f"{where} is no multiple-choice item", fix='write {"context": ..., "choices": [...], "gold": 0}'
-        )
+        fix = 'write {"context": ..., "choices": [...], "gold": 0}'
+        raise InputError(f"{where} is no multiple-choice item{why}", fix=fix)
     return found
 
 

@@ -1,162 +1,112 @@
-"""The story of a pruned model, start reading here: prepare a search, say its price, run it, save what is left."""
+"""The story of a pruned model, start reading here: a recipe, a model, and what comes of them."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Unpack
+from typing import ClassVar
 
 from blockpruner import driver
-from blockpruner.artifacts import Work, run_folder
-from blockpruner.blocks import Mask
-from blockpruner.calibration import TextOptions
-from blockpruner.checkpoint import Form, Saved, save_pruned
-from blockpruner.data import Data, identity, read_data
-from blockpruner.journal import Journal
-from blockpruner.moves import Target, format_protected, parse_protected
-from blockpruner.objective import ModelObjective
-from blockpruner.objectives import OBJECTIVES, parse_objective
-from blockpruner.plan import Plan
+from blockpruner.artifacts import Artifact, Estimate, Record, Work
+from blockpruner.blocks import Mask, format_mask
+from blockpruner.calibration import CalibrationRecord
+from blockpruner.checkpoint import Saved
+from blockpruner.data import Data, read_data
+from blockpruner.objectives import OBJECTIVES
+from blockpruner.plan import ModelIdentity, Plan
+from blockpruner.planning import Rehearsal, Task, find_plan, prepare
+from blockpruner.recipe import Recipe
 from blockpruner.registry import format_method
-from blockpruner.searches import SEARCHES, parse_search
-from blockpruner.searching import Problem, Progress, Search
-from blockpruner.subject import Subject
+from blockpruner.searches.random import Random
+from blockpruner.searching import DENSE, Progress
+from blockpruner.subject import Subject, save_subject
+
+RANDOMS = 5
 
 
-@dataclass(frozen=True)
-class Task:
-    """A search with all that it needs."""
+class Contestant(Record):
+    """A model without some blocks. removed: as text; parameters: what is left; loss: on text that nobody looked at."""
 
-    subject: Subject
-    data: Data
-    objective: ModelObjective
-    problem: Problem
-    search: Search
-    seed: int
+    removed: str
+    parameters: int
+    loss: Estimate
 
 
-def prepare(
-    subject: Subject,
-    *,
-    target: str,
-    calibration: str,
-    search: str = "greedy",
-    objective: str = "loss",
-    moves: str = "block",
-    protect: str = "",
-    seed: int = 0,
-    **text: Unpack[TextOptions],
-) -> Task:
-    """Read the words of the command line into a search that is ready to run; InputError for each that is not right."""
-    outline = subject.anatomy.outline
-    problem = Problem(outline, moves, Target.parse(target), parse_protected(protect, outline))
-    method, measure = parse_search(search, seed=seed), parse_objective(objective)
-    data = read_data(subject, calibration, measure, seed=seed, **text)
-    return Task(subject, data, data.objective(subject, measure), problem, method, seed)
+class Outcome(Artifact):
+    """What a recipe made of a model, beside the dense model and as much removed at random.
 
-
-@dataclass(frozen=True)
-class Price:
-    """What a search will cost. evaluations: masks; work: counted tokens; seconds: from one timed pass here.
-
-    All are those of a rehearsal in which the first candidate always wins; the true counts differ a little.
+    recipe: with all its settings; work: of the search, counted; data: of the losses, in the unit of `objective`.
     """
 
-    evaluations: int
+    FORMAT: ClassVar[str] = "blockpruner.outcome"
+    VERSION: ClassVar[int] = 1
+
+    recipe: Recipe
+    model: ModelIdentity
+    objective: str
+    data: CalibrationRecord
     work: Work
-    seconds: float
+    contestants: dict[str, Contestant]
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """An objective that costs nothing, finds all masks equal, and counts what they would have cost."""
+def run(
+    recipe: Recipe, subject: Subject, folder: Path, *, save: bool = True, progress: Progress | None = None
+) -> tuple[Outcome, Plan, Saved | None]:
+    """Search, save the smaller model, measure it; all that is needed to do it again is left in the run folder.
 
-    objective: ModelObjective
-    unit: str = "nothing"
-
-    @property
-    def batches(self) -> int:
-        return self.objective.batches
-
-    def losses(self, masks: Sequence[Mask], batch: int) -> list[tuple[float, ...]]:
-        return [(0.0,)] * len(masks)
-
-    def work(self, masks: Sequence[Mask], batch: int) -> Work:
-        return self.objective.work(masks, batch)
-
-
-def quote(task: Task) -> Price:
-    """The price of a search, said before it starts. Cost: one timed pass over one micro-batch."""
-    result = driver.run(task.search, task.problem, Rehearsal(task.objective))
-    return Price(result.evaluations, result.work, task.objective.seconds(result.work))
-
-
-def find_plan(task: Task, run: Path | None = None, progress: Progress | None = None, budget: int | None = None) -> Plan:
-    """Search, and leave journal.jsonl and plan.json in the run folder; a killed run resumes when it is called again.
-
-    Without a run folder nothing is written. budget: evaluations at most. Ctrl-C ends in the plan of the steps so far,
-    whose stop_reason says so.
-    RunFolderError when the folder is in use, or was begun with another model, data, method or version.
+    recipe.json, journal.jsonl, plan.json, model/ and outcome.json; killed, the same call goes on.
     """
-    with ExitStack() as held:
-        sources = [task.subject.folder] if task.subject.folder else []
-        folder = held.enter_context(run_folder(run, sources=sources)) if run else None
-        journal = held.enter_context(Journal.open(folder / "journal.jsonl", _identity(task))) if folder else None
-        result = driver.run(
-            task.search, task.problem, task.objective, journal=journal, progress=progress, budget=budget
-        )
-        plan = Plan.from_search(
-            result,
-            search=task.search,
-            problem=task.problem,
-            objective=format_method(task.objective.measure, OBJECTIVES),
-            seed=task.seed,
-            dtype=task.subject.dtype,
-            model=task.subject.identity,
-            calibration=task.data.record.model_dump(mode="json"),
-        )
-        if folder:
-            plan.save(folder / "plan.json")
-    return plan
+    task = prepared(recipe, subject)
+    plan = find_plan(task, folder, progress)
+    recipe.save(folder / "recipe.json")
+    masks = {"dense": DENSE, "pruned": plan.mask(), **at_random(task)}
+    held_out = read_data(
+        subject, recipe.evaluation.source, task.objective.measure, seed=recipe.seed, **recipe.evaluation.options()
+    )
+    outcome = Outcome(
+        format=Outcome.FORMAT,
+        version=Outcome.VERSION,
+        recipe=recipe,
+        model=subject.identity,
+        objective=format_method(task.objective.measure, OBJECTIVES),
+        data=held_out.record,
+        work=plan.work or Work(),
+        contestants=measured(task, held_out, masks),
+    )
+    outcome.save(folder / "outcome.json")
+    out = folder / "model"
+    return outcome, plan, save_subject(subject, plan, out) if save and not out.exists() else None
 
 
-def _identity(task: Task) -> dict[str, str]:
-    """All that the journal's losses, and what is decided by them, depend on.
+def prepared(recipe: Recipe, subject: Subject) -> Task:
+    """The search of a recipe, ready to run."""
+    methods = recipe.model_dump(include={"search", "criterion", "objective", "moves", "protect", "target", "seed"})
+    text = recipe.calibration
+    return prepare(subject, calibration=text.source, **methods, **text.options())
 
-    Not the target: a search may go on to a deeper one.
-    """
+
+def at_random(task: Task) -> dict[str, Mask]:
+    """Masks that reach the same target by the same kind of moves at random."""
+    free = Rehearsal(task.objective)
+    results = {seed: driver.run(Random(seed), task.problem, free) for seed in range(RANDOMS)}
     return {
-        **identity(task.subject, task.data, task.objective, task.seed),
-        "search": format_method(task.search, SEARCHES),
-        "moves": task.problem.granularity,
-        "protected": ",".join(format_protected(task.problem.protected)),
+        f"random {seed}": frozenset().union(*(step.move.blocks for step in result.steps))
+        for seed, result in results.items()
     }
 
 
-def save_subject(
-    subject: Subject,
-    plan: Plan,
-    out: Path,
-    *,
-    first: int | None = None,
-    form: Form | None = None,
-    source: str = "the plan",
-) -> Saved:
-    """Write the model without the blocks of `plan`, or of its `first` steps, to the new folder `out`.
-
-    Those steps go beside the weights as plan.json; all is reloaded and compared, see `checkpoint.save_pruned`.
-    InputError, naming `source`, if the plan is not for this model.
-    """
-    plan.check(subject.anatomy.outline, subject.identity, source)
-    mask = plan.mask(first)
-    taken = plan if first is None else plan.cut(first)
-    return save_pruned(
-        subject.model,
-        subject.given_tokenizer,
-        subject.anatomy,
-        mask,
-        out,
-        form=form,
-        source=subject.folder,
-        extra_files={"plan.json": taken.model_dump_json(indent=2).encode() + b"\n"},
-    )
+def measured(task: Task, data: Data, masks: Mapping[str, Mask]) -> dict[str, Contestant]:
+    """The loss of the model without each mask, by the objective of the task on other data."""
+    subject, outline = task.subject, task.subject.anatomy.outline
+    objective = data.objective(subject, task.objective.measure)
+    distinct = list(dict.fromkeys(masks.values()))
+    values: dict[Mask, list[float]] = {mask: [] for mask in distinct}
+    for batch in range(objective.batches):
+        for mask, losses in zip(distinct, objective.losses(distinct, batch), strict=True):
+            values[mask] += losses
+    return {
+        name: Contestant(
+            removed=format_mask(mask),
+            parameters=subject.identity.parameters - outline.removed_parameters(mask),
+            loss=Estimate.of(values[mask], objective.unit),
+        )
+        for name, mask in masks.items()
+    }

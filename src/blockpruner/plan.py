@@ -43,9 +43,10 @@ class ModelIdentity(Record):
 
 
 class Method(Record):
-    """How a plan was found, in the words of the command line."""
+    """How a plan was found, in the words of the command line. criterion: of a search that ranks."""
 
     search: str
+    criterion: str | None = None
     objective: str
     moves: str
     target: str
@@ -123,6 +124,7 @@ class Plan(Artifact):
         result: SearchResult,
         *,
         search: Search,
+        criterion: str | None = None,
         problem: Problem,
         objective: str,
         seed: int,
@@ -133,6 +135,7 @@ class Plan(Artifact):
         """The plan of what `search` found for `problem`, with all its evidence."""
         method = Method(
             search=format_method(search, SEARCHES),
+            criterion=criterion,
             objective=objective,
             moves=problem.granularity,
             target=str(problem.target),

@@ -12,7 +12,8 @@ from blockpruner.errors import InputError
 T = TypeVar("T")
 
 
-def _did_you_mean(word: str, known: Iterable[str], listing: str) -> str:
+def did_you_mean(word: str, known: Iterable[str], listing: str) -> str:
+    """Advice: the known word that was perhaps meant, and the list of all."""
     close = difflib.get_close_matches(word, list(known), n=1)
     guess = f"did you mean {close[0]!r}? " if close else ""
     return f"{guess}{listing}: {', '.join(known) or 'none'}"
@@ -21,7 +22,7 @@ def _did_you_mean(word: str, known: Iterable[str], listing: str) -> str:
 def lookup(name: str, registry: Mapping[str, T], noun: str) -> T:
     """The entry called `name`; InputError lists the right names and guesses which one was meant."""
     if name not in registry:
-        raise InputError(f"{name!r} is not a known {noun}", fix=_did_you_mean(name, registry, "choose one of"))
+        raise InputError(f"{name!r} is not a known {noun}", fix=did_you_mean(name, registry, "choose one of"))
     return registry[name]
 
 
@@ -43,7 +44,7 @@ def parse_method(text: str, registry: Mapping[str, type[T]], noun: str, **shared
         if key in given:
             raise InputError(f"{text!r} gives the option {key!r} twice", fix="give it once")
         if key not in types:
-            fix = _did_you_mean(key, types, f"options of {name}")
+            fix = did_you_mean(key, types, f"options of {name}")
             raise InputError(f"the {noun} {name!r} has no option {key!r}", fix=fix)
         given[key] = _convert(value, types[key], f"{name}:{key}")
     return method(**{key: value for key, value in shared.items() if key in types} | given)

@@ -6,10 +6,11 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.anatomy import read_anatomy
+from blockpruner.checkpoint import Form, Saved, save_pruned
 from blockpruner.errors import InputError
 from blockpruner.models import LoadedModel, identify
 from blockpruner.parts import Anatomy
-from blockpruner.plan import ModelIdentity
+from blockpruner.plan import ModelIdentity, Plan
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,32 @@ def subject_of(
 ) -> Subject:
     """Prove the anatomy of a model in memory; `name` may be a path, of which the last part is kept."""
     return Subject(model, tokenizer, read_anatomy(model), identify(model, name), folder)
+
+
+def save_subject(
+    subject: Subject,
+    plan: Plan,
+    out: Path,
+    *,
+    first: int | None = None,
+    form: Form | None = None,
+    source: str = "the plan",
+) -> Saved:
+    """Write the model without the blocks of `plan`, or of its `first` steps, to the new folder `out`.
+
+    Those steps go beside the weights as plan.json; all is reloaded and compared, see `checkpoint.save_pruned`.
+    InputError, naming `source`, if the plan is not for this model.
+    """
+    plan.check(subject.anatomy.outline, subject.identity, source)
+    mask = plan.mask(first)
+    taken = plan if first is None else plan.cut(first)
+    return save_pruned(
+        subject.model,
+        subject.given_tokenizer,
+        subject.anatomy,
+        mask,
+        out,
+        form=form,
+        source=subject.folder,
+        extra_files={"plan.json": taken.model_dump_json(indent=2).encode() + b"\n"},
+    )

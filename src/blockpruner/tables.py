@@ -6,6 +6,7 @@ from blockpruner.artifacts import Estimate
 from blockpruner.checkpoint import Saved
 from blockpruner.console import table
 from blockpruner.evaluation.quality import Evaluation
+from blockpruner.pipeline import Outcome
 from blockpruner.plan import Plan
 from blockpruner.ranking import ranks
 from blockpruner.scores import ScoreTable
@@ -121,6 +122,16 @@ def _value(estimate: Estimate | None, digits: int = 4) -> str:
         return "-"
     spread = "" if estimate.stderr is None else f" ± {estimate.stderr:.{digits}f}"
     return f"{estimate.value:.{digits}f}{spread}"
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """What a recipe made of a model, beside the dense one and random removals."""
+    rows = [
+        (name, f"{one.parameters:,}", _value(one.loss), one.removed.replace("+", ", "))
+        for name, one in outcome.contestants.items()
+    ]
+    unit = outcome.contestants["dense"].loss.unit
+    table(f"{outcome.recipe.title}, on {outcome.data.source}", ("model", ">parameters", f">{unit}", "removed"), rows)
 
 
 def print_scores(scores: ScoreTable) -> None:

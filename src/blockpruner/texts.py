@@ -27,7 +27,7 @@ PAPER_ROWS = 256
 PAPER_SEED = 42
 
 _SLICED = re.compile(r"(.+)\[(\d{0,12}):(\d{0,12})\]", re.ASCII | re.DOTALL)
-_HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?", re.ASCII)
+HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?", re.ASCII)
 _FILE_ENDINGS = (".txt", ".jsonl", ".parquet", ".csv", ".json", ".md", ".tsv", *PACKED)
 _OPTIONS = {"hub": ("split", "column"), "wikitext2": ("split",), "FILE": ("column",)}
 
@@ -87,7 +87,7 @@ def _parse_name(name: str) -> tuple[str, str]:
         return f"{recipe}:FILE", place
     if name.lower().endswith(_FILE_ENDINGS) or name.startswith((".", "/", "~")) or os.path.exists(name):
         return "FILE", name
-    if _HUB_NAME.fullmatch(name):
+    if HUB_NAME.fullmatch(name):
         return "hub", name
     raise InputError(
         f"{name!r} is no source of text, and no file of that name exists",

@@ -1,12 +1,26 @@
 """The shelf of searches: one file per method, one line here."""
 
 from blockpruner.registry import parse_method
+from blockpruner.searches.beam import Beam
+from blockpruner.searches.enumeration import Enumeration
+from blockpruner.searches.evolution import Evolution
 from blockpruner.searches.exhaustive import Exhaustive
+from blockpruner.searches.iterative import Iterative
+from blockpruner.searches.one_shot import OneShot
 from blockpruner.searches.random import Random
+from blockpruner.searches.span import Span
+from blockpruner.searches.swap import Swap
 from blockpruner.searching import Search
 
 SEARCHES: dict[str, type[Search]] = {
     "exhaustive": Exhaustive,
+    "one-shot": OneShot,
+    "iterative": Iterative,
+    "span": Span,
+    "beam": Beam,
+    "evolution": Evolution,
+    "swap": Swap,
+    "enumeration": Enumeration,
     "random": Random,
 }
 

@@ -14,8 +14,8 @@ from blockpruner.blocks import Block
 from blockpruner.errors import InputError, RunFolderError
 from blockpruner.evaluation.quality import load_text
 from blockpruner.models import load
-from blockpruner.pipeline import find_plan, prepare, quote
 from blockpruner.plan import Plan
+from blockpruner.planning import find_plan, prepare, quote
 from blockpruner.searching import Stop
 from blockpruner.subject import open_subject, subject_of
 
@@ -137,7 +137,7 @@ def test_a_deeper_search_goes_on_from_the_same_journal(task, tmp_path):
         ({"bos": "none"}, r"calibration: .* BOS window, .* -> .* BOS none, "),
         ({"moves": "mlp"}, "moves: block -> mlp"),
         ({"protect": "0,-1"}, "protected:  -> 0,3"),
-        ({"search": "random"}, "search: exhaustive -> random:seed=0"),
+        ({"search": "random"}, "search: exhaustive:ends=False -> random:seed=0"),
     ],
 )
 def test_a_run_folder_is_not_taken_for_another_search_and_says_what_differs(task, tmp_path, options, field):

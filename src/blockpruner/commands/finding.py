@@ -1,0 +1,189 @@
+"""What can go: inspect, score, search."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockpruner.command import opened, print_json, say_price, token_count, verb
+from blockpruner.console import Progress, duration, say
+from blockpruner.options import (
+    Bos,
+    Column,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Objective,
+    Pickle,
+    Protect,
+    RemoteCode,
+    Revision,
+    Run,
+    Seed,
+    Source,
+    Split,
+    Tokens,
+    Window,
+)
+
+
+@verb("blockpruner inspect demo")
+def inspect(
+    model: Model,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    remote: RemoteCode = False,
+    pickle: Pickle = False,
+    as_json: Json = False,
+) -> None:
+    """Show every block of a model. Where it is, how large, what it costs, and that it was proved."""
+    from blockpruner.tables import anatomy_json, print_anatomy
+
+    subject = opened(model, dtype, device, revision, remote, pickle)
+    if as_json:
+        print_json(anatomy_json(subject))
+    else:
+        print_anatomy(subject)
+
+
+@verb("blockpruner score demo --criterion cosine --criterion leave-one-out --calibration builtin --tokens 2048")
+def score(
+    model: Model,
+    calibration: Annotated[str, typer.Option(metavar="SOURCE", help=Source + " Items for --objective accuracy.")],
+    criterion: Annotated[
+        list[str], typer.Option("--criterion", help="How to measure, with options as name:key=value; several, or all.")
+    ],
+    objective: Objective = "loss",
+    moves: Annotated[str, typer.Option(help="block, attention, mlp, layer, stock or span=N.")] = "block",
+    protect: Protect = "",
+    removed: Annotated[str, typer.Option(help="What is gone already: attention.3+mlp.7.")] = "dense",
+    tokens: Tokens = "16384",
+    window: Window = None,
+    bos: Bos = "auto",
+    split: Split = None,
+    column: Column = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="Run folder: scores.json; resumes there.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the price and stop.")] = False,
+    revision: Revision = None,
+    remote: RemoteCode = False,
+    pickle: Pickle = False,
+    as_json: Json = False,
+) -> None:
+    """Say how important each move is, by one criterion or several on the same data. Higher = keep."""
+    from blockpruner.blocks import parse_mask
+    from blockpruner.criteria import CRITERIA, parse_criterion
+    from blockpruner.scoring import compare
+    from blockpruner.scoring import score as scored
+    from blockpruner.tables import print_scores
+
+    names = list(CRITERIA) if criterion == ["all"] else criterion
+    for name in names:
+        parse_criterion(name)  # what is misspelt is said before the model is loaded
+    comparison = compare(
+        opened(model, dtype, device, revision, remote, pickle),
+        criteria=names,
+        calibration=calibration,
+        objective=objective,
+        moves=moves,
+        protect=protect,
+        removed=parse_mask(removed),
+        tokens=token_count(tokens),
+        window=window,
+        bos=bos,
+        split=split,
+        column=column,
+        seed=seed,
+    )
+    passes, each = comparison.passes(), comparison.seconds()
+    for name, number in passes.items():
+        say(
+            f"price: {name}: about {number:.3g} forward passes over the data, {duration(number * each)} on this machine"
+        )
+    if dry_run:
+        if as_json:
+            print_json({"passes": passes, "seconds": round(each * sum(passes.values()), 1)})
+        return
+    table = scored(comparison, run or Path("runs", Path(model).name), Progress())
+    if as_json:
+        print_json(table.model_dump(mode="json"))
+    else:
+        print_scores(table)
+
+
+@verb("blockpruner search demo --target blocks=6 --calibration builtin --tokens 1024 --window 256")
+def search(
+    model: Model,
+    target: Annotated[str, typer.Option(help="blocks=6, layers=3 or params=-25%.")],
+    calibration: Annotated[str, typer.Option(metavar="SOURCE", help=Source)],
+    method: Annotated[str, typer.Option("--search", help="Search, with options as name:key=value.")] = "greedy",
+    criterion: Annotated[str, typer.Option(help="What ranks the moves, for searches that rank.")] = "cosine",
+    objective: Objective = "loss",
+    moves: Annotated[str, typer.Option(help="block, attention, mlp, layer or stock.")] = "block",
+    protect: Protect = "",
+    tokens: Tokens = "16384",
+    window: Window = None,
+    bos: Bos = "auto",
+    split: Split = None,
+    column: Column = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    run: Run = None,
+    start: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="A plan to improve, for swap.")] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="Evaluations of a mask at most.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the price and stop.")] = False,
+    revision: Revision = None,
+    remote: RemoteCode = False,
+    pickle: Pickle = False,
+    as_json: Json = False,
+) -> None:
+    """Find which blocks to remove. Writes plan.json into the run folder; killed, the same command goes on."""
+    from blockpruner.plan import Plan
+    from blockpruner.planning import find_plan, prepare, quote
+    from blockpruner.searching import Stop
+    from blockpruner.tables import print_plan
+
+    subject = opened(model, dtype, device, revision, remote, pickle)
+    task = prepare(
+        subject,
+        target=target,
+        calibration=calibration,
+        search=method,
+        criterion=criterion,
+        objective=objective,
+        moves=moves,
+        protect=protect,
+        start=Plan.read(start, subject.anatomy.outline) if start else None,
+        tokens=token_count(tokens),
+        window=window,
+        bos=bos,
+        split=split,
+        column=column,
+        seed=seed,
+    )
+    price = quote(task)
+    say_price(price, task)
+    if dry_run:
+        if as_json:
+            figures = {"evaluations": price.evaluations, **price.work.model_dump(), "passes": price.passes}
+            print_json({**figures, "seconds": round(price.seconds, 1)})
+        return
+    run = run or Path("runs", Path(model).name)
+    plan = find_plan(task, run, Progress(), budget)
+    say(f"plan: {run / 'plan.json'} ({plan.stop_reason})")
+    if as_json:
+        print_json(plan.model_dump(mode="json"))
+    else:
+        print_plan(plan)
+    if plan.stop_reason == Stop.INTERRUPTED:
+        raise KeyboardInterrupt
+    prune = ["blockpruner", "prune", model, "--plan", str(run / "plan.json"), "--out", str(run / "model")]
+    say(f"next: {shlex.join(prune)}")

@@ -1,0 +1,122 @@
+"""Smaller models: prune, run, demo."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockpruner.command import opened, print_json, say_price, token_count, verb
+from blockpruner.console import Progress, say
+from blockpruner.errors import InputError
+from blockpruner.options import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Pickle,
+    RemoteCode,
+    Revision,
+    Run,
+    Source,
+    Window,
+)
+
+
+@verb("blockpruner prune demo --plan runs/demo/plan.json --first 4 --out pruned")
+def prune(
+    model: Model,
+    plan: Annotated[
+        Path, typer.Option("--plan", metavar="FILE", help="plan.json; BlockPruner's and LLM-Drop's lists too.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the model.")],
+    first: Annotated[int | None, typer.Option(help="Apply only the first N steps of a nested plan.")] = None,
+    form: Annotated[str | None, typer.Option(help="stock, stand-ins or zeroed, else the best that fits.")] = None,
+    zeroed: Annotated[bool, typer.Option("--zeroed", help="The same as --form zeroed: runs everywhere.")] = False,
+    dtype: Dtype = "stored",
+    device: Device = "cpu",
+    revision: Revision = None,
+    remote: RemoteCode = False,
+    pickle: Pickle = False,
+    as_json: Json = False,
+) -> None:
+    """Remove the blocks of a plan for good. Writes a checkpoint, reloads it in a fresh process and compares."""
+    from blockpruner.artifacts import check_new_folder, read_json
+    from blockpruner.checkpoint import FORMS, Form
+    from blockpruner.plan import Plan
+    from blockpruner.registry import lookup
+    from blockpruner.subject import save_subject
+    from blockpruner.tables import print_saved
+
+    check_new_folder(out)
+    if not plan.is_file():
+        raise InputError(f"{plan} is not a file", fix="give the plan.json that `blockpruner search` wrote")
+    forms: dict[str, Form] = {name: name for name in FORMS}
+    asked = "zeroed" if zeroed else form
+    taken = lookup(asked, forms, "form of checkpoint") if asked else None
+    read_json(plan)  # what is no JSON at all is said before the model is loaded
+    subject = opened(model, dtype, device, revision, remote, pickle)
+    chosen = Plan.read(plan, subject.anatomy.outline)
+    saved = save_subject(subject, chosen, out, first=first, form=taken, source=str(plan))
+    if as_json:
+        print_json({**asdict(saved), "folder": str(saved.folder)})
+    else:
+        print_saved(saved, subject.identity.parameters)
+
+
+@verb(
+    "blockpruner run llm-drop-attention --model demo --target blocks=4 --calibration builtin --tokens 2048", name="run"
+)
+def run_recipe(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe by name (`list` has them), or a .toml file.")
+    ],
+    model: Annotated[str, typer.Option(metavar="MODEL", help="Hub name, folder, .gguf file, or `demo`.")],
+    target: Annotated[str | None, typer.Option(help="Instead of the paper's: blocks=6, layers=3, params=-25%.")] = None,
+    calibration: Annotated[str | None, typer.Option(metavar="SOURCE", help="Instead of the paper's. " + Source)] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="SOURCE", help="What the result is measured on.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N", help="Tokens of calibration text, or all.")] = None,
+    window: Window = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    run: Run = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the price and stop.")] = False,
+    revision: Revision = None,
+    remote: RemoteCode = False,
+    pickle: Pickle = False,
+    as_json: Json = False,
+) -> None:
+    """Do what a paper did, on any model. Search, save the smaller model, measure it beside random removals."""
+    from blockpruner import pipeline
+    from blockpruner.planning import quote
+    from blockpruner.recipe import Recipe
+    from blockpruner.tables import print_outcome
+
+    count = None if tokens is None else token_count(tokens) or 0
+    sources = {"calibration": calibration, "evaluation": data}
+    chosen = Recipe.read(recipe).changed(**sources, target=target, tokens=count, window=window, seed=seed)
+    for difference in chosen.differences:
+        say(f"differs from the paper: {difference}")
+    subject = opened(model, dtype, device, revision, remote, pickle)
+    task = pipeline.prepared(chosen, subject)
+    say_price(quote(task), task)
+    if dry_run:
+        return
+    folder = run or Path("runs", f"{Path(recipe).stem}-{Path(model).name}")
+    outcome, plan, _ = pipeline.run(chosen, subject, folder, progress=Progress())
+    say(f"plan: {folder / 'plan.json'} ({plan.stop_reason}); model: {folder / 'model'}")
+    if as_json:
+        print_json(outcome.model_dump(mode="json"))
+    else:
+        print_outcome(outcome)
+
+
+@verb("blockpruner demo --run runs/demo")
+def demo(run: Run = None, dtype: Dtype = "auto") -> None:
+    """Do the whole job on a small real model. Search, prune, save, reload, compare with random removals."""
+    from blockpruner.demo import run_demo
+
+    run_demo(run or Path("runs/demo"), dtype)

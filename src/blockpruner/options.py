@@ -1,0 +1,29 @@
+"""The options that several commands of the command line share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub name, folder, .gguf file, or `demo`.")]
+Run = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="DIR", help="Run folder: journal, plan; resumes there. runs/MODEL if left out."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, or stored: as in the checkpoint.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+RemoteCode = Annotated[bool, typer.Option("--allow-remote-code", help="Run code that lies in the checkpoint.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights from pickles, which can run code.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Source = "Hub data set, .txt/.jsonl/.parquet file, alpaca, wikitext2 or builtin; part of one: FILE.jsonl[0:200]."
+Objective = Annotated[str, typer.Option(help="loss, kl, js, logits, embedding or accuracy; `list` says more.")]
+Protect = Annotated[str, typer.Option(help="Layers never touched: 0,1,-1; plus: the first 4 and the last 2.")]
+Tokens = Annotated[str, typer.Option(metavar="N", help="Tokens of text to use, or all.")]
+Window = Annotated[
+    int | None, typer.Option(min=2, help="Tokens per window; 2048, or the model's context, if left out.")
+]
+Bos = Annotated[str, typer.Option(help="BOS once per stream, once per window, none, or auto.")]
+Split = Annotated[str | None, typer.Option(help="Split of a hub data set.")]
+Column = Annotated[str | None, typer.Option(help="Column that holds the text.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]

@@ -1,0 +1,180 @@
+"""From words to a plan: a search that is ready to run, its price, and what it finds."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Unpack
+
+from blockpruner import driver
+from blockpruner.artifacts import Estimate, Work, run_folder
+from blockpruner.blocks import Mask, Move
+from blockpruner.calibration import TextOptions
+from blockpruner.criteria import CRITERIA, parse_criterion
+from blockpruner.criterion import Criterion, Lab
+from blockpruner.data import Data, identity, read_data
+from blockpruner.evaluations import Evaluations, Notes
+from blockpruner.journal import Journal
+from blockpruner.moves import Target, format_protected, parse_protected
+from blockpruner.objective import ModelObjective
+from blockpruner.objectives import OBJECTIVES, parse_objective
+from blockpruner.plan import Plan
+from blockpruner.registry import format_method
+from blockpruner.searches import SEARCHES, parse_search
+from blockpruner.searching import DENSE, Problem, Progress, Scorer, Scores, Search
+from blockpruner.subject import Subject
+
+
+@dataclass(frozen=True)
+class Task:
+    """A search with all that it needs."""
+
+    subject: Subject
+    data: Data
+    objective: ModelObjective
+    problem: Problem
+    search: Search
+    criterion: Criterion
+    seed: int
+
+    def scorer(self, notes: Notes, progress: Progress | None) -> Callable[[Evaluations], Scorer]:
+        """What scores moves for searches that rank them, by the criterion of the run."""
+        model, anatomy = self.subject.model, self.subject.anatomy
+
+        def make(evaluations: Evaluations) -> Scorer:
+            def scorer(mask: Mask, moves: Sequence[Move]) -> Scores:
+                lab = Lab(model, anatomy, self.data.examples, evaluations, notes, mask, progress)
+                return self.criterion.scores(lab, moves)
+
+            return scorer
+
+        return make
+
+
+def prepare(
+    subject: Subject,
+    *,
+    target: str,
+    calibration: str,
+    search: str = "greedy",
+    criterion: str | Criterion = "cosine",
+    objective: str = "loss",
+    moves: str = "block",
+    protect: str = "",
+    start: Plan | None = None,
+    seed: int = 0,
+    **text: Unpack[TextOptions],
+) -> Task:
+    """Read the words of the command line into a search that is ready to run; InputError for each that is not right.
+
+    criterion: for searches that rank; start: an earlier plan, for searches that improve one.
+    """
+    outline = subject.anatomy.outline
+    begun = () if start is None else tuple(Move.of(*step.blocks) for step in start.steps)
+    problem = Problem(outline, moves, Target.parse(target), parse_protected(protect, outline), start=begun)
+    method, measure = parse_search(search, seed=seed), parse_objective(objective)
+    ranks = parse_criterion(criterion, seed=seed) if isinstance(criterion, str) else criterion
+    data = read_data(subject, calibration, measure, seed=seed, **text)
+    ready = data.objective(subject, measure)
+    return Task(subject, data, ready, replace(problem, batches=ready.batches), method, ranks, seed)
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a search will cost. evaluations: masks; work: counted tokens, of those; passes: forward passes over all data
+    that its criterion takes beside them; seconds: from one timed pass here.
+
+    All are those of a rehearsal in which the first candidate always wins; the true counts differ a little.
+    """
+
+    evaluations: int
+    work: Work
+    passes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """An objective that costs nothing, finds all masks equal, and counts what they would have cost."""
+
+    objective: ModelObjective
+    unit: str = "nothing"
+
+    @property
+    def batches(self) -> int:
+        return self.objective.batches
+
+    def losses(self, masks: Sequence[Mask], batch: int) -> list[tuple[float, ...]]:
+        return [(0.0,)] * len(masks)
+
+    def work(self, masks: Sequence[Mask], batch: int) -> Work:
+        return self.objective.work(masks, batch)
+
+
+def quote(task: Task) -> Price:
+    """The price of a search, said before it starts. Cost: one timed pass over one micro-batch."""
+    passes: list[float] = []
+
+    def scorer(evaluations: Evaluations) -> Scorer:
+        def free(mask: Mask, moves: Sequence[Move]) -> Scores:
+            lab = Lab(task.subject.model, task.subject.anatomy, task.data.examples, evaluations, mask=mask)
+            passes.append(task.criterion.cost(lab, moves))
+            return dict.fromkeys(moves, Estimate(value=0.0, stderr=None, n=0, unit="nothing"))
+
+        return free
+
+    result = driver.run(task.search, task.problem, Rehearsal(task.objective), scorer=scorer)
+    once = sum((task.objective.work([DENSE], batch) for batch in range(task.objective.batches)), Work())
+    seconds = task.objective.seconds(result.work) + sum(passes) * task.objective.seconds(once)
+    return Price(result.evaluations, result.work, sum(passes), seconds)
+
+
+def find_plan(task: Task, run: Path | None = None, progress: Progress | None = None, budget: int | None = None) -> Plan:
+    """Search, and leave journal.jsonl and plan.json in the run folder; a killed run resumes when it is called again.
+
+    Without a run folder nothing is written. budget: evaluations at most. Ctrl-C ends in the plan of the steps so far,
+    whose stop_reason says so.
+    RunFolderError when the folder is in use, or was begun with another model, data, method or version.
+    """
+    with ExitStack() as held:
+        sources = [task.subject.folder] if task.subject.folder else []
+        folder = held.enter_context(run_folder(run, sources=sources)) if run else None
+        journal = held.enter_context(Journal.open(folder / "journal.jsonl", _identity(task))) if folder else None
+        result = driver.run(
+            task.search,
+            task.problem,
+            task.objective,
+            journal=journal,
+            progress=progress,
+            budget=budget,
+            scorer=task.scorer(Notes(journal), progress),
+        )
+        plan = Plan.from_search(
+            result,
+            search=task.search,
+            criterion=format_method(task.criterion, CRITERIA) if task.search.ranks else None,
+            problem=task.problem,
+            objective=format_method(task.objective.measure, OBJECTIVES),
+            seed=task.seed,
+            dtype=task.subject.dtype,
+            model=task.subject.identity,
+            calibration=task.data.record.model_dump(mode="json"),
+        )
+        if folder:
+            plan.save(folder / "plan.json")
+    return plan
+
+
+def _identity(task: Task) -> dict[str, str]:
+    """All that the journal's losses, and what is decided by them, depend on.
+
+    Not the target: a search may go on to a deeper one.
+    """
+    return {
+        **identity(task.subject, task.data, task.objective, task.seed),
+        "search": format_method(task.search, SEARCHES),
+        **({"criterion": format_method(task.criterion, CRITERIA)} if task.search.ranks else {}),
+        **({"begun from": "+".join(map(str, task.problem.start))} if task.problem.start else {}),
+        "moves": task.problem.granularity,
+        "protected": ",".join(format_protected(task.problem.protected)),
+    }

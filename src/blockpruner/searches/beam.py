@@ -1,0 +1,76 @@
+"""Beam search: greedy removal that keeps several masks, so that a dear first removal may pay later."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from blockpruner.blocks import Mask, Move
+from blockpruner.errors import InputError
+from blockpruner.searching import DENSE, Chosen, Losses, Problem, Proposals, lowest
+
+Path = tuple[Chosen, ...]
+
+
+@dataclass(frozen=True)
+class Beam:
+    """At every step extend each of the `width` best masks by every remaining move, and keep the `width` best of those.
+
+    A mask that several of them lead to counts once, by the way that arose first; the first of equals is the better
+    one; a loss that is not finite never wins. With width 1 this is `exhaustive`, step by step.
+
+    The plan is the way to the best mask, and each of its steps carries its loss. It is not nested: its first parts
+    were evaluated and were among the `width` best of their size, but a search to their size may end elsewhere.
+
+    Masks with as many moves are compared, however many parameters these remove. With a params target some masks reach
+    it before others: those among the `width` best of their step are put aside, the rest of these are extended until
+    none is left, and the lowest loss of all put aside wins, the earlier one of equals.
+
+    Cost: with m moves at the start and k steps, at most m + width * (k-1) * (m - k/2) evaluations. Nothing is decided
+    before the end: what is stopped earlier leaves no plan, and goes on from its journal when it is run again.
+    """
+
+    width: int = 4
+
+    title: ClassVar[str] = "Beam search"
+    source: ClassVar[str] = "Lowerre 1976 (beam search), on BlockPruner's loop: ours"
+    nested: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise InputError(f"a beam of width={self.width} holds nothing", fix="give a width of 1 or more")
+
+    def propose(self, problem: Problem) -> Proposals:
+        beams: dict[Mask, Path] = {DENSE: ()}
+        ended: list[tuple[float, Path]] = []
+        while beams:
+            losses = yield tuple(dict.fromkeys(mask | move.blocks for mask in beams for move in problem.moves(mask)))
+            grown = _grown(problem, beams, losses)
+            best = self._best(losses)
+            if not best and not ended:
+                lowest({Move(mask): losses[mask] for mask in grown})  # fails, and names them
+            ended += [(best[mask], grown[mask]) for mask in best if problem.reached(mask, len(grown[mask]))]
+            beams = {mask: grown[mask] for mask in best if not problem.reached(mask, len(grown[mask]))}
+        yield from min(ended, key=lambda end: end[0])[1]
+
+    def evaluations(self, problem: Problem) -> int:
+        """An upper bound, since masks that several beams lead to are evaluated once; with width 1 as `exhaustive`."""
+        moves, beams, total = len(problem.moves(DENSE)), 1, 0
+        for step in range(problem.most_steps()):
+            new = beams * (moves - step)
+            total, beams = total + new, min(self.width, new)
+        return total
+
+    def _best(self, losses: Losses) -> dict[Mask, float]:
+        """The `width` masks of lowest loss, best first, those that arose first before their equals."""
+        finite = {mask: loss.value for mask, loss in losses.items() if loss is not None}
+        return {mask: finite[mask] for mask in sorted(finite, key=finite.__getitem__)[: self.width]}
+
+
+def _grown(problem: Problem, beams: dict[Mask, Path], losses: Losses) -> dict[Mask, Path]:
+    """Every mask one move further, with the way to it that arose first."""
+    grown: dict[Mask, Path] = {}
+    for mask, path in beams.items():
+        scores = {move: losses[mask | move.blocks] for move in problem.moves(mask)}
+        for move in scores:
+            grown.setdefault(mask | move.blocks, (*path, Chosen(move, scores)))
+    return grown

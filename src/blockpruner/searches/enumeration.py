@@ -1,0 +1,88 @@
+"""Every mask there is: the truth that other searches are held to."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar
+
+from blockpruner.artifacts import Estimate
+from blockpruner.blocks import Mask, Move
+from blockpruner.errors import InputError
+from blockpruner.searches.one_shot import gone
+from blockpruner.searching import DENSE, Chosen, Problem, Proposals, lowest
+
+CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Enumeration:
+    """Evaluate every mask of the target's size, and take the one of lowest loss; for tiny cases.
+
+    A mask is of the size if moves lead to it, one on top of the other, of which only the last reaches the target: any
+    mask that a search by steps can end in. That of a number of blocks is every set of so many. Equals: the first, by
+    the number of moves, then by their places in tie order.
+
+    limit: InputError, with the number, if there are more masks, or more than so many on one level on the way.
+    The scores of a step are the losses with another move in its place. Nothing is decided before the end, so a run
+    that is interrupted or out of budget has no plan; with a journal, it goes on from there.
+
+    Cost: for k of m moves, m! / (k! (m-k)!) evaluations, in sweeps of 64.
+    """
+
+    limit: int = 5000
+
+    title: ClassVar[str] = "Exhaustive enumeration"
+    source: ClassVar[str] = "the definition of the best mask"
+    nested: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
+
+    def propose(self, problem: Problem) -> Proposals:
+        ways = self._masks(problem)
+        masks = tuple(ways)
+        losses: dict[Mask, Estimate | None] = {}
+        for start in range(0, len(masks), CHUNK):
+            losses |= yield masks[start : start + CHUNK]
+        best = lowest({Move(mask): losses[mask] for mask in masks}).blocks
+        yield from in_place(problem, ways[best], losses)
+
+    def evaluations(self, problem: Problem) -> int:
+        """Exact."""
+        return len(self._masks(problem))
+
+    def _masks(self, problem: Problem) -> dict[Mask, tuple[Move, ...]]:
+        """Every mask of the size, and the first way to it."""
+        moves, steps = problem.moves(DENSE), problem.most_steps()
+        apart = len(gone(moves)) == sum(len(move.blocks) for move in moves)
+        if apart and problem.target.unit != "params":
+            number = math.comb(len(moves), steps)
+            self._check(number, f"{number:,}")
+            return {gone(taken): taken for taken in combinations(moves, steps)}
+        found: dict[Mask, tuple[Move, ...]] = {}
+        level: dict[Mask, tuple[Move, ...]] = {DENSE: ()}
+        while level:
+            deeper: dict[Mask, tuple[Move, ...]] = {}
+            for mask, taken in level.items():
+                for move in problem.moves(mask):
+                    deeper.setdefault(mask | move.blocks, (*taken, move))
+                self._check(len(found) + len(deeper), f"more than {self.limit:,}")
+            reached = {mask: taken for mask, taken in deeper.items() if problem.reached(mask, len(taken))}
+            found |= reached
+            level = {mask: taken for mask, taken in deeper.items() if mask not in reached}
+        return found
+
+    def _check(self, number: int, words: str) -> None:
+        if number > self.limit:
+            raise InputError(
+                f"there are {words} masks to evaluate, and limit={self.limit}",
+                fix="ask for less, protect more layers, raise the limit, or use another search",
+            )
+
+
+def in_place(problem: Problem, taken: Sequence[Move], losses: Mapping[Mask, Estimate | None]) -> Iterator[Chosen]:
+    """Decide for each move of `taken`; its scores are the losses, where known, with another move in its place."""
+    for move in taken:
+        rest = gone(other for other in taken if other != move)
+        masks = {other: rest | other.blocks for other in (move, *problem.moves(rest))}
+        known = {other: mask for other, mask in masks.items() if mask in losses and problem.reached(mask, len(taken))}
+        yield Chosen(move, {other: losses[mask] for other, mask in known.items()})

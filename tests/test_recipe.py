@@ -1,0 +1,170 @@
+"""Recipes: each runs from end to end by its name, says what it is and how it differs, and can be repeated."""
+
+import json
+import tomllib
+
+import pytest
+import torch
+import zoo
+from tiny import token_ids
+
+from blockpruner import pipeline, recipe
+from blockpruner.blocks import parse_mask
+from blockpruner.criteria import parse_criterion
+from blockpruner.errors import InputError
+from blockpruner.models import load
+from blockpruner.moves import Target
+from blockpruner.objectives import parse_objective
+from blockpruner.pipeline import Outcome
+from blockpruner.plan import Plan
+from blockpruner.recipe import Recipe
+from blockpruner.searches import parse_search
+from blockpruner.subject import open_subject
+
+NAMES = recipe.names()
+# What the issue of a recipe is: named in the README, so none may get lost.
+EXPECTED = """
+    blockpruner blockpruner-attention blockpruner-mlp blockpruner-no-iteration shortgpt sleb
+    llm-drop-block llm-drop-attention llm-drop-mlp llm-drop-joint
+    shortened-llama-ppl shortened-llama-taylor shortened-llama-magnitude
+    deeper-look-cosine deeper-look-shapley deeper-look-task-shapley gromov evopress
+"""
+# Targets for a model of four layers: what a recipe removes by default is meant for thirty-two.
+SMALL = {"layer": "layers=1", "block": "blocks=2", "attention": "blocks=2", "mlp": "blocks=2"}
+
+
+@pytest.fixture(scope="module")
+def subject(checkpoint):
+    return open_subject(load(str(checkpoint), dtype="float32", device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    words = ["cat", "dog", "fox", "layer", "block", "stack"]
+    pairs = zip(words, words[::-1], strict=True)
+    path = tmp_path_factory.mktemp("items") / "items.jsonl"
+    records = [{"context": f"The quick {a}", "choices": [b, a], "gold": i % 2} for i, (a, b) in enumerate(pairs)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def scaled(name, prose, items):
+    """The recipe on local data and for a model of four layers."""
+    found = Recipe.read(name)
+    if found.protect == "plus":  # of four layers nothing would be left
+        found = found.model_copy(update={"protect": "0,-1"})
+    if found.search.startswith("evolution"):
+        found = found.model_copy(update={"search": found.search + ",offspring=4,initial=4,generations=3"})
+    source = str(items if found.objective == "accuracy" else prose)
+    size = {} if found.objective == "accuracy" else {"tokens": 96, "window": 16}
+    changed = found.changed(source, source, target=SMALL[found.moves], **size)
+    return changed.model_copy(update={"evaluation": changed.evaluation.model_copy(update={"tokens": 64, "window": 16})})
+
+
+def test_the_recipes_are_those_that_are_promised():
+    assert sorted(EXPECTED.split()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_repeats_and_uses_words_that_there_are(name):
+    found = Recipe.read(name)
+    assert "arXiv" in found.paper
+    assert found.differences
+    parse_search(found.search)
+    parse_criterion(found.criterion)
+    parse_objective(found.objective)
+    Target.parse(found.target)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_runs_from_a_model_to_a_smaller_one(name, subject, prose, items, tmp_path):
+    chosen = scaled(name, prose, items)
+    outcome, plan, saved = pipeline.run(chosen, subject, tmp_path / "run", save=name in ("blockpruner", "sleb"))
+    assert Outcome.load(tmp_path / "run" / "outcome.json") == outcome
+    assert Recipe.load(tmp_path / "run" / "recipe.json") == chosen
+    assert Plan.load(tmp_path / "run" / "plan.json") == plan
+    assert len(plan.mask()) == 2
+    assert list(outcome.contestants) == ["dense", "pruned", *(f"random {seed}" for seed in range(5))]
+    assert parse_mask(outcome.contestants["pruned"].removed) == plan.mask()
+    assert outcome.contestants["pruned"].parameters < outcome.contestants["dense"].parameters
+    kinds = {block.kind for block in plan.mask()}
+    assert chosen.moves in ("block", "layer") or kinds == {chosen.moves}
+    if saved:
+        assert saved.difference <= 1e-4
+
+
+def test_run_again_a_recipe_ends_in_the_same_files(subject, prose, items, tmp_path):
+    chosen = scaled("blockpruner", prose, items)
+    files = []
+    for _ in range(2):
+        pipeline.run(chosen, subject, tmp_path / "run", save=False)
+        files.append({path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.json*")})
+    assert files[0].keys() == {"recipe.json", "journal.jsonl", "plan.json", "outcome.json"}
+    assert files[0] == files[1]
+    pipeline.run(Recipe.load(tmp_path / "run" / "recipe.json"), subject, tmp_path / "other", save=False)
+    assert (tmp_path / "other" / "outcome.json").read_bytes() == files[0]["outcome.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("blockprunner", "did you mean 'blockpruner'"), ("none.toml", "choose one of")]
+)
+def test_a_recipe_that_there_is_not_is_refused_with_those_that_are(name, said):
+    with pytest.raises(InputError) as error:
+        Recipe.read(name)
+    assert said in error.value.fix
+
+
+def test_a_recipe_of_ones_own_is_a_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('title = "Mine"\npaper = "none"\ntarget = "blocks=2"\n[calibration]\nsource = "builtin"\n')
+    found = Recipe.read(str(path))
+    assert (found.title, found.search, found.calibration.tokens) == ("Mine", "exhaustive", 16384)
+    path.write_text("title = ")
+    with pytest.raises(InputError, match=r"mine.toml is not TOML"):
+        Recipe.read(str(path))
+    path.write_text('title = "Mine"\npapr = "none"\n')
+    with pytest.raises(InputError, match=r"mine.toml: \w+"):
+        Recipe.read(str(path))
+
+
+def test_settings_given_by_hand_take_the_place_of_the_papers():
+    found = Recipe.read("llm-drop-attention")
+    changed = found.changed("mine.txt", target="blocks=3", tokens=0, window=256, seed=4)
+    assert (changed.target, changed.seed) == ("blocks=3", 4)
+    assert changed.calibration.source == "mine.txt"
+    assert (changed.calibration.split, changed.calibration.options()["tokens"]) == (None, None)
+    assert found.changed() == found
+    assert tomllib.loads((recipe.SHELF / "evopress.toml").read_text())["search"] == "evolution:equal=true"
+
+
+ENCODERS = ["masked/bert", "masked/roberta", "seq2seq/t5", "seq2seq/bart"]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("search", ["exhaustive", "one-shot", "beam:width=2", "swap:rounds=1"])
+def test_encoders_and_encoder_decoders_go_through_the_same_searches(name, search):
+    from blockpruner import driver
+    from blockpruner.anatomy import read_anatomy
+    from blockpruner.criterion import Lab
+    from blockpruner.examples import Signs, examples_of
+    from blockpruner.objective import ModelObjective
+    from blockpruner.searching import Problem
+
+    model = zoo.build(name)
+    anatomy = read_anatomy(model)
+    signs = Signs(last=6, sentinels=(120, 121)) if name.endswith("t5") else Signs(first=5, last=6, mask=7)
+    examples = examples_of(model, token_ids(2, 16), signs)
+    objective = ModelObjective(model, anatomy, examples)
+    problem = Problem(anatomy.outline, "block", Target.parse("blocks=2"), batches=objective.batches)
+    cosine = parse_criterion("cosine")
+
+    def scorer(evaluations):
+        return lambda mask, moves: cosine.scores(Lab(model, anatomy, examples, evaluations, mask=mask), moves)
+
+    result = driver.run(parse_search(search), problem, objective, scorer=scorer)
+    mask = frozenset().union(*(step.move.blocks for step in result.steps))
+    assert len(mask) == 2
+    assert result.steps[-1].loss is not None
+    with torch.no_grad():
+        losses = [value for batch in range(objective.batches) for value in next(iter(objective.losses([mask], batch)))]
+    assert result.steps[-1].loss.value == pytest.approx(sum(losses) / len(losses))
