@@ -30,6 +30,7 @@ from blockpruner.subject import Subject, open_subject
 TEXT = "text/c4_demo.jsonl"
 ITEMS = "tasks/piqa.jsonl"
 SETTINGS = {"shapley": "shapley:permutations=16"}
+ITEM_ORDERS = "shapley:permutations=8"
 
 
 def main() -> None:
@@ -47,9 +48,7 @@ def main() -> None:
     subject = open_subject(load(options.model, dtype=options.dtype))
     names = [SETTINGS.get(name, name) for name in CRITERIA]
     text = scored(subject, options, names, f"{options.data / TEXT}[0:200]", "loss", "text")
-    items = scored(
-        subject, options, [SETTINGS["shapley"]], f"{options.data / ITEMS}[0:{options.items}]", "accuracy", "items"
-    )
+    items = scored(subject, options, [ITEM_ORDERS], f"{options.data / ITEMS}[0:{options.items}]", "accuracy", "items")
     figures = {
         "command": 'python benchmarks/criteria.py --data "$BLOCKPRUNER_DATA" --json experiments/criteria.json',
         "commit": commit(),

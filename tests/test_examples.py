@@ -118,6 +118,17 @@ def uneven():
     return Examples("choices", {"input_ids": ids}, ids, (2, 1, 3, 1), (0, 0, 2, 0))
 
 
+def test_answers_are_not_padded_further_than_the_longest_beside_them():
+    ids = torch.arange(3 * 6).view(3, 6)
+    targets = torch.full_like(ids, IGNORED)
+    targets[0, 1], targets[1, 2], targets[2, 4] = 7, 7, 7
+    whole = Examples("choices", {"input_ids": ids}, targets, (2, 1), (0, 0))
+    short, long = whole.batches(1)
+    assert torch.equal(short.inputs["input_ids"], ids[:2, :4])
+    assert torch.equal(short.targets, targets[:2, :4])
+    assert torch.equal(long.targets, targets[2:])
+
+
 @pytest.mark.parametrize("tokens", [1, 10, 15, 20, 1000])
 def test_micro_batches_are_whole_units_in_order_and_nothing_is_lost(tokens):
     whole = uneven()

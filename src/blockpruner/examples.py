@@ -54,12 +54,16 @@ class Examples:
         return found
 
     def part(self, start: int, stop: int) -> "Examples":
-        """Units `start` to `stop` - 1."""
+        """Units `start` to `stop` - 1; answers without the padding that none of them needs."""
         first, last = sum(self.lengths[:start]), sum(self.lengths[:stop])
+        targets = self.targets[first:last]
+        width = targets.shape[1]
+        if self.question == "choices":
+            width = min(width, int((targets != IGNORED).any(dim=0).nonzero().max()) + 2)
         return Examples(
             self.question,
-            {name: value[first:last] for name, value in self.inputs.items()},
-            self.targets[first:last],
+            {name: value[first:last, :width] for name, value in self.inputs.items()},
+            targets[:, :width],
             self.lengths[start:stop],
             self.gold[start:stop],
         )
