@@ -195,8 +195,9 @@ def _restored(model: PreTrainedModel, windows: Tensor, signs: Signs, seed: int) 
 
 def _decoder_start(model: PreTrainedModel) -> int:
     """What the decoder begins with: as the configuration says, else its BOS, else its padding, as T5 does."""
-    places = [(model.generation_config, "decoder_start_token_id")] if model.generation_config else []
-    places += [(model.config, name) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id")]
+    named = "decoder_start_token_id"
+    places = [(model.config, named), (model.generation_config, named)]
+    places += [(model.config, "bos_token_id"), (model.config, "pad_token_id")]
     found = [token for holder, name in places if isinstance(token := getattr(holder, name, None), int)]
     if not found:
         raise InputError(
