@@ -126,6 +126,16 @@ def test_the_likelier_answer_is_the_given_one_and_padding_changes_nothing(per):
     assert losses == wrong
 
 
+def test_another_right_answer_is_another_question():
+    first, second = (item_examples([Item(("a?",) * 2, (" b", " c"), gold)], LETTERS, "x")[0] for gold in (0, 1))
+    assert first.fingerprint != second.fingerprint
+
+
+def test_an_answer_that_nothing_stands_before_is_refused(make_tokenizer):
+    with pytest.raises(InputError, match="begins with its answer"):
+        item_examples([Item(("", ""), (" b", " c"), 0)], make_tokenizer("none"), "x")
+
+
 def test_only_the_tokens_of_the_answers_are_to_be_predicted():
     examples, _ = item_examples([RECORDS[2][1]], LETTERS, "letters")
     asked = examples.targets != IGNORED

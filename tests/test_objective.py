@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from tiny import FAMILIES, HIDDEN, VOCABULARY, anatomy_of, randomise, shared, token_ids
+from tiny import FAMILIES, HIDDEN, VOCABULARY, anatomy_of, randomise, shared, tiny, token_ids
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 from transformers import BertConfig, BertModel, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
@@ -19,7 +19,7 @@ from blockpruner.blocks import parse_mask
 from blockpruner.errors import InputError
 from blockpruner.examples import IGNORED, Signs, examples_of
 from blockpruner.masktree import MaskTree
-from blockpruner.objective import ModelObjective
+from blockpruner.objective import ModelObjective, usual_window
 from blockpruner.objectives.embedding import Embedding
 from blockpruner.objectives.jensen_shannon import JensenShannon
 from blockpruner.objectives.kl import KL
@@ -72,6 +72,27 @@ def test_the_loss_of_a_mask_has_the_same_bits_alone_and_among_others(family):
     among = all_losses(found, MASKS)
     assert all(all_losses(found, [mask]) == {mask: losses} for mask, losses in among.items())
     assert all_losses(found, MASKS[::-1]) == among
+
+
+def test_a_model_that_is_being_trained_is_measured_without_dropout():
+    model = tiny("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5)
+    anatomy, windows = read_anatomy(model), token_ids(3, 12)
+    expected = all_losses(loss_of(model, anatomy, windows), [DENSE])
+    model.train()
+    found = loss_of(model, anatomy, windows)
+    assert all_losses(found, [DENSE]) == expected
+    assert found.fallback == ""
+    assert model.training
+
+
+def test_a_table_of_positions_with_a_row_for_padding_is_shorter_than_it_says():
+    model = zoo.build("masked/roberta")
+    positions = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    assert usual_window(model) == positions
+    examples = examples_of(model, token_ids(2, positions), SIGNS)
+    assert all_losses(ModelObjective(model, read_anatomy(model), examples), [DENSE])
+    with pytest.raises(InputError, match=f"longer than the model's context of {positions}"):
+        ModelObjective(model, read_anatomy(model), examples_of(model, token_ids(2, positions + 1), SIGNS))
 
 
 def test_windows_longer_than_a_micro_batch_are_evaluated_one_by_one():

@@ -84,7 +84,7 @@ class BackwardWalk:
         found: list[Tensor] = []
 
         def before(key: Any, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(dict(enumerate(args), **kwargs)[key].clone())  # some layers change it in place
+            found.append(dict(enumerate(args), **kwargs)[key].clone().cpu())  # some layers change it in place
 
         def after(_: nn.Module, __: object, output: Any) -> None:
             found.append(_tensor(output))
@@ -139,6 +139,7 @@ class BackwardWalk:
     def _back(self, place: int, row: Examples, after: Tensor, before: Tensor, slope: Tensor) -> Tensor:
         """From the slope after a layer to that before it; the gradients of its parameters are collected on the way."""
         layer = self.layers[place]
+        before, after = before.to(slope.device), after.to(slope.device)
         stream = before.detach().requires_grad_()
         output = _tensor(self._call(layer, row).again(self.modules[layer.path], {layer.hidden: stream.clone()}))
         gap = float((output.detach() - after).abs().max() / after.abs().max())

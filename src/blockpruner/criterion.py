@@ -62,7 +62,10 @@ class Criterion(Protocol):
         ...
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
-        """About how many forward passes over all examples it takes; a backward pass counts as two."""
+        """About how many forward passes over all examples it takes; a backward pass counts as two.
+
+        InputError, as `scores` would say it, where the criterion is not defined for the model or for these moves.
+        """
         ...
 
 

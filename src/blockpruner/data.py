@@ -70,7 +70,7 @@ def identity(subject: Subject, data: Data, objective: ModelObjective, seed: int)
         "computation": computation(subject.model),
         "calibration": f"{record.source}, {record.windows} x {record.window} tokens, BOS {record.bos}, "
         f"{record.fingerprint}",
-        "question": data.examples.question,
+        "question": f"{data.examples.question}, {data.examples.fingerprint[:16]}",
         "seed": str(seed),
         "objective": format_method(objective.measure, OBJECTIVES),
         "batch tokens": str(objective.batch_tokens),

@@ -1,5 +1,6 @@
 """What a model is asked on calibration windows, by what it was trained for: inputs, and the tokens it is to predict."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +38,15 @@ class Examples:
         return len(self.lengths)
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all that is asked: inputs, targets, units, right answers; in hexadecimal."""
+        digest = hashlib.sha256(f"{self.question} {self.lengths} {self.gold}".encode())
+        for name, value in sorted({**self.inputs, "targets": self.targets}.items()):
+            digest.update(f" {name} {tuple(value.shape)} ".encode())
+            digest.update(value.cpu().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    @property
     def tokens(self) -> int:
         """Tokens per row that the model reads and writes."""
         return sum(ids.shape[1] for name, ids in self.inputs.items() if name.endswith("input_ids"))
@@ -56,14 +66,15 @@ class Examples:
     def part(self, start: int, stop: int) -> "Examples":
         """Units `start` to `stop` - 1; answers without the padding that none of them needs."""
         first, last = sum(self.lengths[:start]), sum(self.lengths[:stop])
+        inputs = {name: value[first:last] for name, value in self.inputs.items()}
         targets = self.targets[first:last]
-        width = targets.shape[1]
         if self.question == "choices":
-            width = min(width, int((targets != IGNORED).any(dim=0).nonzero().max()) + 2)
+            width = int((targets != IGNORED).any(dim=0).nonzero().max()) + 2
+            inputs, targets = {name: value[:, :width] for name, value in inputs.items()}, targets[:, :width]
         return Examples(
             self.question,
-            {name: value[first:last, :width] for name, value in self.inputs.items()},
-            targets[:, :width],
+            inputs,
+            targets,
             self.lengths[start:stop],
             self.gold[start:stop],
         )
@@ -128,11 +139,10 @@ def question(model: PreTrainedModel) -> Question:
     """What `model` can be asked; `continuation` for every encoder-decoder."""
     if model.config.is_encoder_decoder:
         return "continuation"
-    if model.can_generate():
-        return "next token"
-    if unpruned(type(model)).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+    masked = unpruned(type(model)).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    if masked and not getattr(model.config, "is_decoder", False):  # some can generate too, but see what comes next
         return "masked tokens"
-    return "states"
+    return "next token" if model.can_generate() else "states"
 
 
 def _windows(kind: Question, inputs: dict[str, Tensor], targets: Tensor) -> Examples:
@@ -185,8 +195,8 @@ def _restored(model: PreTrainedModel, windows: Tensor, signs: Signs, seed: int) 
         pairs, kind = list(zip(masked.tolist(), framed.tolist(), strict=True)), "denoising"
     else:
         half = windows.shape[1] // 2
-        pairs = [(row[:half], row[half:]) for row in windows.tolist()]
-        kind = "continuation"
+        given, wanted = _framed(windows[:, :half], signs), _framed(windows[:, half:], Signs(last=signs.last))
+        pairs, kind = list(zip(given.tolist(), wanted.tolist(), strict=True)), "continuation"
     given, wanted = (torch.tensor(side, device=windows.device) for side in zip(*pairs, strict=True))
     start = _decoder_start(model)
     shifted = torch.nn.functional.pad(wanted[:, :-1], (1, 0), value=start)

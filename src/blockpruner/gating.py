@@ -176,7 +176,7 @@ class Gated:
                     fix="choose another criterion, and report the model's type",
                 )
             (slope,) = torch.autograd.grad(loss, values)
-        return float(loss.detach()), slope.double().cpu()
+        return float(loss.detach()), slope.cpu().double()
 
     @contextlib.contextmanager
     def gated(self, gates: Tensor) -> Iterator[None]:

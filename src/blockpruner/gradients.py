@@ -52,16 +52,21 @@ def windows_of(model: PreTrainedModel, examples: Examples) -> list[Examples]:
 
     InputError for a model without a head: it predicts nothing, so it has no loss.
     """
-    if not bool((examples.targets != IGNORED).any()):
-        raise InputError(
-            f"{type(model).__name__} has no head that predicts tokens, so it has no loss with a gradient",
-            fix="choose a criterion that compares states (cosine, update_norm), or load the model with its head",
-        )
+    check_has_loss(model, examples)
     rows, found, start = list(examples.rows()), [], 0
     for unit, length in enumerate(examples.lengths):
         found.append(rows[start + (examples.gold[unit] if examples.gold else 0)].to(model.device))
         start += length
     return found
+
+
+def check_has_loss(model: PreTrainedModel, examples: Examples) -> None:
+    """InputError for a model that predicts nothing."""
+    if not bool((examples.targets != IGNORED).any()):
+        raise InputError(
+            f"{type(model).__name__} has no head that predicts tokens, so it has no loss with a gradient",
+            fix="choose a criterion that compares states (cosine, update-norm), or load the model with its head",
+        )
 
 
 def mean_loss(model: PreTrainedModel, row: Examples) -> Tensor:

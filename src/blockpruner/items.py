@@ -40,15 +40,15 @@ class Item:
 def read_items(source: str, *, split: str | None = None) -> tuple[str, list[Item]]:
     """The label of a source, a file by its name without folders, and its items; InputError names file and line.
 
-    split: of a hub data set, `test` unless named.
+    split: of a hub data set, `validation` unless named: test parts often come without labels.
     """
     name, start, stop = parse_slice(source)
     path = Path(name).expanduser()
     if path.suffix == ".jsonl":
-        lines = (line for line in read_text(path).splitlines() if line.strip())
+        lines = (line for line in read_text(path).split("\n") if line.strip())
         records, place, label = map(_read, lines), str(path), source.replace(name, path.name)
     elif hub := HUB_NAME.fullmatch(name):
-        records, place, label = hub_rows(hub[1], hub[2], split or "test", stream=True), name, source
+        records, place, label = hub_rows(hub[1], hub[2], split or "validation", stream=True), name, source
     else:
         raise InputError(
             f"{source!r} is no source of multiple-choice items",
@@ -90,6 +90,11 @@ def item_examples(
         for prompt, answer in zip(item.prompts, item.answers, strict=True):
             before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
             whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
+            if not head and not before:
+                raise InputError(
+                    f"{label}: an item begins with its answer {answer!r}, and nothing stands before it",
+                    fix="give it a question, or --bos window where the tokenizer has a BOS",
+                )
             rows.append([*head, *whole])
             starts.append(len(head) + min(len(before), len(whole) - 1))
     width = max(map(len, rows))
@@ -140,9 +145,8 @@ def _known(record: Mapping[str, Any]) -> Item | None:
     if {"ctx", "endings"} <= keys:
         return _hellaswag(record)
     if {"passage", "question"} <= keys:
-        return _asked(
-            f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:", ["no", "yes"], int(record["label"])
-        )
+        question = f"{record['passage']}\nQuestion: {record['question']}?\nAnswer:"
+        return _asked(question, ["no", "yes"], int(record["label" if "label" in keys else "answer"]))
     if {"sentence", "option1", "option2"} <= keys:
         before, after = record["sentence"].split("_", 1)
         prompts = tuple(before + record[option] for option in ("option1", "option2"))

@@ -18,7 +18,7 @@ from blockpruner.masktree import Inputs, MaskTree, output_of, sweep_work
 from blockpruner.measuring import Measure
 from blockpruner.objectives.loss import Loss
 from blockpruner.parts import Anatomy, Stack
-from blockpruner.probing import accepts, first_tensor, vocabulary_size
+from blockpruner.probing import accepts, evaluating, first_tensor, vocabulary_size
 from blockpruner.searching import DENSE
 from blockpruner.surgery import skipped
 
@@ -63,17 +63,19 @@ class ModelObjective:
         """Per mask (each given once), as they become known, the value of each unit of one micro-batch."""
         part = self._parts[batch].to(self.model.device)
         rows = self._rows_of_tree if not self.fallback else self._rows_of_passes
-        for sums, counts in rows(masks, part):
-            yield self.measure.units(sums.tolist(), counts, part.lengths, part.gold)
+        with evaluating(self.model):
+            for sums, counts in rows(masks, part):
+                yield self.measure.units(sums.tolist(), counts, part.lengths, part.gold)
 
     def work(self, masks: Sequence[Mask], batch: int) -> Work:
         """What evaluating `masks` on one micro-batch costs, counted: shared prefixes once, if the tree is used."""
         part = self._parts[batch]
-        groups = [[mask] for mask in masks] if self.fallback else [list(masks)]
+        alone = [[mask] for mask in masks]
         heads = part.targets.shape[0] * len(_positions(part)) * len(set(masks))
+        groups = alone if self.fallback else [list(masks)]
         if self.measure.compares:
-            heads += heads // HEADS
-            groups = [[*group, DENSE] for group in groups]
+            heads += part.targets.shape[0] * len(_positions(part)) * (1 if self.fallback else -(-len(masks) // HEADS))
+            groups = [*alone, [DENSE]] if self.fallback else [[*masks, DENSE]]
         total = Work(head_tokens=heads)
         for stack in self.anatomy.stacks:
             tokens = _tokens(stack, part.inputs)
@@ -147,7 +149,8 @@ class ModelObjective:
         self._tree = MaskTree(self.model, self.anatomy)
         try:
             last = next(self.examples.part(len(self.examples) - 1, len(self.examples)).rows())
-            return self._disagreement(last.to(self.model.device))
+            with evaluating(self.model):
+                return self._disagreement(last.to(self.model.device))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
                 raise
@@ -203,30 +206,41 @@ class _Sums:
         """found, whole: outputs [rows, positions, ...]."""
         if self._measure.of == "states":
             sides = (found, found if whole is None else whole)
-            more = [side.double().sum(dim=1) for side in sides]
+            more = [side.float().sum(dim=1) for side in sides]
             self._pooled = [a + b for a, b in zip(self._pooled, more, strict=True)] if self._pooled else more
             return
         targets = self._targets[:, positions]
         asked = targets != IGNORED
         values = self._measure.each(found[asked], None if whole is None else whole[asked], targets[asked])
         rows = asked.nonzero()[:, 0].cpu()
-        self._sums.index_add_(0, rows, values.double().cpu())
+        self._sums.index_add_(0, rows, values.cpu().double())
 
     def done(self) -> tuple[Tensor, list[int]]:
         if self._measure.of == "states":
             found, whole = self._pooled
-            return self._measure.each(found, whole, self._targets).double().cpu(), [1] * len(found)
+            return self._measure.each(found, whole, self._targets).cpu().double(), [1] * len(found)
         return self._sums, (self._targets != IGNORED).sum(dim=1).tolist()
 
 
 def context(model: PreTrainedModel) -> int | None:
-    """The longest window the model was made for, where its configuration says it."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """The longest window the model can read, where its configuration or its table of positions says it.
+
+    Where the table has a row for padding (RoBERTa), positions begin behind that row.
+    """
+    said = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = [
+        table.num_embeddings - table.padding_idx - 1
+        for name, table in model.named_modules()
+        if name.endswith("position_embeddings")
+        and isinstance(table, torch.nn.Embedding)
+        and table.padding_idx is not None
+    ]
+    return min([*tables, *([said] if said else [])], default=None)
 
 
 def usual_window(model: PreTrainedModel) -> int:
-    """The window to take when none is asked for: 2048 tokens, or the model's context if that is shorter."""
-    return min(2048, context(model) or 2048)
+    """The window to take when none is asked for: 2048 tokens, or what the model was made for if that is shorter."""
+    return min(2048, context(model) or getattr(model.config.get_text_config(), "n_positions", None) or 2048)
 
 
 def _check_fits(model: PreTrainedModel, examples: Examples, measure: Measure) -> None:

@@ -10,6 +10,7 @@ from blockpruner.blocks import Mask, format_mask
 from blockpruner.calibration import CalibrationRecord
 from blockpruner.checkpoint import Saved
 from blockpruner.data import Data, read_data
+from blockpruner.evaluations import estimate
 from blockpruner.objectives import OBJECTIVES
 from blockpruner.plan import ModelIdentity, Plan
 from blockpruner.planning import Rehearsal, Task, find_plan, prepare
@@ -23,11 +24,12 @@ RANDOMS = 5
 
 
 class Contestant(Record):
-    """A model without some blocks. removed: as text; parameters: what is left; loss: on text that nobody looked at."""
+    """A model without some blocks. removed: as text; parameters: what is left; loss: on text that nobody looked at,
+    None where it is not finite."""
 
     removed: str
     parameters: int
-    loss: Estimate
+    loss: Estimate | None
 
 
 class Outcome(Artifact):
@@ -106,7 +108,7 @@ def measured(task: Task, data: Data, masks: Mapping[str, Mask]) -> dict[str, Con
         name: Contestant(
             removed=format_mask(mask),
             parameters=subject.identity.parameters - outline.removed_parameters(mask),
-            loss=Estimate.of(values[mask], objective.unit),
+            loss=estimate(values[mask], objective.unit),
         )
         for name, mask in masks.items()
     }

@@ -64,6 +64,6 @@ def least_first(scores: Scores) -> list[Move]:
 
 
 def _agreement(first: CriterionScores, second: CriterionScores) -> float | None:
-    both = zip(first.scores.values(), second.scores.values(), strict=True)
+    both = ((first.scores[move], second.scores.get(move)) for move in first.scores)
     pairs = [(a.value, b.value) for a, b in both if a is not None and b is not None]
     return spearman(*zip(*pairs, strict=True)) if len(pairs) > 1 else None

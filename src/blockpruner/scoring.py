@@ -1,10 +1,12 @@
 """Criteria on one harness: the same model, moves and data for all that are compared."""
 
+import logging
+import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Unpack
+from typing import Self, Unpack
 
 from blockpruner.artifacts import run_folder
 from blockpruner.blocks import Mask, Move, format_mask
@@ -22,6 +24,8 @@ from blockpruner.registry import format_method
 from blockpruner.scores import CriterionScores, ScoreTable
 from blockpruner.searching import DENSE, Progress
 from blockpruner.subject import Subject
+
+_log = logging.getLogger("blockpruner")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,17 @@ class Comparison:
         """About how many forward passes over all the data each criterion takes; a backward pass counts as two."""
         lab = self.lab()
         return {format_method(c, CRITERIA): c.cost(lab, self.moves) for c in self.criteria}
+
+    def fitting(self) -> Self:
+        """This without the criteria that are not defined for the model or the moves; a warning says why."""
+        kept = []
+        for criterion in self.criteria:
+            try:
+                criterion.cost(self.lab(), self.moves)
+                kept.append(criterion)
+            except InputError as error:
+                _log.warning("left out: %s: %s", format_method(criterion, CRITERIA), error.what)
+        return replace(self, criteria=tuple(kept))
 
     def seconds(self) -> float:
         """How long one forward pass over all the data takes here, from one timed pass over a part of it."""
@@ -71,14 +86,17 @@ def compare(
     moves: str = "block",
     protect: str = "",
     removed: Mask = DENSE,
+    whatever_fits: bool = False,
     seed: int = 0,
     **text: Unpack[TextOptions],
 ) -> Comparison:
     """Read the words of the command line into criteria that are ready to score; InputError for what is not right.
 
-    criteria: by name, or objects of your own; removed: what is gone already.
+    criteria: by name, or objects of your own; removed: what is gone already; whatever_fits: leave out, with a warning,
+    criteria that are not defined for this model or these moves.
     """
     outline = subject.anatomy.outline
+    outline.check(removed, "what is removed already")
     protected = parse_protected(protect, outline)
     methods = tuple(parse_criterion(one, seed=seed) if isinstance(one, str) else one for one in criteria)
     found = offered(moves, outline, removed, protected)
@@ -90,7 +108,8 @@ def compare(
     measure = parse_objective(objective)
     data = read_data(subject, calibration, measure, seed=seed, **text)
     ready = data.objective(subject, measure)
-    return Comparison(subject, data, ready, methods, moves, protected, found, removed, seed)
+    comparison = Comparison(subject, data, ready, methods, moves, protected, found, removed, seed)
+    return comparison.fitting() if whatever_fits else comparison
 
 
 def score(comparison: Comparison, run: Path | None = None, progress: Progress | None = None) -> ScoreTable:
@@ -99,6 +118,7 @@ def score(comparison: Comparison, run: Path | None = None, progress: Progress | 
     Each criterion has a journal of its own there; killed, the same call goes on and ends in the same bytes.
     """
     subject = comparison.subject
+    comparison.passes()  # what does not fit is said before anything is spent
     with ExitStack() as held:
         sources = [subject.folder] if subject.folder else []
         folder = held.enter_context(run_folder(run, sources=sources)) if run else None
@@ -127,7 +147,7 @@ def _scored(
     with ExitStack() as held:
         journal = None
         if folder:
-            path = folder / f"scores-{name.partition(':')[0]}.jsonl"
+            path = folder / f"scores-{name.partition(':')[0]}-{zlib.crc32(name.encode()):08x}.jsonl"
             journal = held.enter_context(Journal.open(path, _identity(comparison, name)))
         cost = criterion.cost(comparison.lab(), comparison.moves)
         lab = comparison.lab(journal, progress, cost)

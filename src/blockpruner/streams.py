@@ -212,4 +212,4 @@ class _Reader:
         axes = self._axes[watch.layer.path]
         states = [state.to(after.device).movedim(axes, (0, 1)) for state in (before, after)]
         rows = [[state[None, :end].float() for state in row] for *row, end in zip(*states, self._ends, strict=True)]
-        return torch.stack([self.compare(*row).double().mean() for row in rows]).cpu()
+        return torch.stack([self.compare(*row).cpu().double().mean() for row in rows])

@@ -130,7 +130,8 @@ def print_outcome(outcome: Outcome) -> None:
         (name, f"{one.parameters:,}", _value(one.loss), one.removed.replace("+", ", "))
         for name, one in outcome.contestants.items()
     ]
-    unit = outcome.contestants["dense"].loss.unit
+    dense = outcome.contestants["dense"].loss
+    unit = dense.unit if dense else "loss"
     table(f"{outcome.recipe.title}, on {outcome.data.source}", ("model", ">parameters", f">{unit}", "removed"), rows)
 
 

@@ -67,7 +67,9 @@ def hub_rows(name: str, subset: str | None, split: str, *, stream: bool) -> Any:
     except ImportError:
         raise missing_extra("datasets", "data", f"the hub data set {name}") from None
     with _hub_errors(name):
-        return load_dataset(name, subset, split=split, streaming=stream and not config.HF_HUB_OFFLINE)
+        data_set, _, revision = name.partition("@")
+        branch = {"revision": revision} if revision else {}
+        return load_dataset(data_set, subset, split=split, streaming=stream and not config.HF_HUB_OFFLINE, **branch)
 
 
 def alpaca_text(instruction: str, given: str, output: str) -> str:

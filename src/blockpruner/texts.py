@@ -5,6 +5,7 @@ A source is a name, or `name[start:stop]` for its documents start to stop - 1, c
 - `FILE.txt`: one document; `FILE.jsonl`, `FILE.parquet`: one a record, from the column `text` unless another is named,
   or formatted as Alpaca where records have `instruction` and `output` instead;
 - `org/name` or `org/name:config`: a data set of the Hugging Face hub, likewise one document a record;
+  `org/name@revision`: as it is on a branch, such as `refs/convert/parquet` for sets that were a script once;
 - `alpaca`: the documents BlockPruner calibrates on, in the order the paper draws them: 256 of the 5,200 rows of its
   test part; `alpaca[:64]` draws 64. `alpaca:FILE` draws from the records of a .jsonl or .parquet file instead;
 - `wikitext2`: the rows of WikiText-2 (raw), empty ones too; `wikitext2:FILE` makes the same rows from the raw text;
@@ -27,7 +28,7 @@ PAPER_ROWS = 256
 PAPER_SEED = 42
 
 _SLICED = re.compile(r"(.+)\[(\d{0,12}):(\d{0,12})\]", re.ASCII | re.DOTALL)
-HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?", re.ASCII)
+HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*(?:@[\w./-]+)?)(?::([\w.-]+))?", re.ASCII)
 _FILE_ENDINGS = (".txt", ".jsonl", ".parquet", ".csv", ".json", ".md", ".tsv", *PACKED)
 _OPTIONS = {"hub": ("split", "column"), "wikitext2": ("split",), "FILE": ("column",)}
 

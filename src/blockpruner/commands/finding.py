@@ -95,6 +95,7 @@ def score(
         moves=moves,
         protect=protect,
         removed=parse_mask(removed),
+        whatever_fits=criterion == ["all"],
         tokens=token_count(tokens),
         window=window,
         bos=bos,

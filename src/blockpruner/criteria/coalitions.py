@@ -84,6 +84,7 @@ class Coalitions:
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
         """Without what the mask tree saves."""
+        Game(lab, tuple(moves))
         return float(self.draws)
 
 

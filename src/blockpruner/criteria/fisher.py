@@ -34,4 +34,7 @@ class Fisher:
         return {move: estimate(values, "nats squared") for move, values in found.items()}
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
+        from blockpruner.gradients import check_has_loss
+
+        check_has_loss(lab.model, lab.examples)
         return 4.0

@@ -59,4 +59,7 @@ class Gates:
         }
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
+        from blockpruner.gradients import check_has_loss
+
+        check_has_loss(lab.model, lab.examples)
         return 3.0 * self.steps / len(lab.examples)

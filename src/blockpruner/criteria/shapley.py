@@ -113,6 +113,7 @@ class Shapley:
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
         """An upper bound: without what masks that are met again, smaller models, early ends and the mask tree save."""
+        Game(lab, tuple(moves))
         orders = self._draws * (1 + self.antithetic)
         share = 1 if self.data == "all" else lab.evaluations.objective.batches
         return 2 + orders * max(0, len(moves) - 1) / share

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 class Accuracy:
     """Share of multiple-choice items that are answered wrongly: 1 - accuracy; per item 0 or 1.
 
-    The answer given is the one of highest log-likelihood after the question, as the usual harness scores it; with
-    per="token" of highest log-likelihood per token of the answer. Of equals the first.
+    The answer given is the one of highest log-likelihood after the question, the `acc` of lm-evaluation-harness but for
+    the BOS, which it leaves out for most models, and here `--bos none` does. per="token": of highest log-likelihood per
+    token of the answer (its `acc_norm` divides by characters). Of equals the first.
     """
 
     per: Literal["answer", "token"] = "answer"
