@@ -68,8 +68,9 @@ def hub_rows(name: str, subset: str | None, split: str, *, stream: bool) -> Any:
         raise missing_extra("datasets", "data", f"the hub data set {name}") from None
     with _hub_errors(name):
         data_set, _, revision = name.partition("@")
-        branch = {"revision": revision} if revision else {}
-        return load_dataset(data_set, subset, split=split, streaming=stream and not config.HF_HUB_OFFLINE, **branch)
+        options: Any = {"revision": revision} if revision else {}
+        options |= {"streaming": stream and not config.HF_HUB_OFFLINE}
+        return load_dataset(data_set, subset, split=split, **options)
 
 
 def alpaca_text(instruction: str, given: str, output: str) -> str:
