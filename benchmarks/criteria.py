@@ -3,7 +3,7 @@
     python benchmarks/criteria.py --data "$BLOCKPRUNER_DATA" --json experiments/criteria.json
 
 Scores rest on C4 documents 0 to 199; Shapley values are computed twice, of the language-modelling loss and of the error
-on PIQA items. The K least important blocks of every ranking are then taken out at once and evaluated on text (C4
+on PIQA items. The K least important blocks of some rankings are then taken out at once and evaluated on text (C4
 documents 200 to 299) and items that nothing was scored on. RUN keeps what is known: the same command goes on after an
 interruption. Beside the JSON lies the picture, with the ranks and Spearman's correlations.
 """
@@ -30,7 +30,8 @@ from blockpruner.subject import Subject, open_subject
 TEXT = "text/c4_demo.jsonl"
 ITEMS = "tasks/piqa.jsonl"
 SETTINGS = {"shapley": "shapley:permutations=16"}
-ITEM_ORDERS = "shapley:permutations=8"
+ITEM_ORDERS = "shapley:permutations=6"
+COMPARED = ("leave-one-out", "cosine", "shapley", "deepest", "random")
 
 
 def main() -> None:
@@ -48,24 +49,29 @@ def main() -> None:
     subject = open_subject(load(options.model, dtype=options.dtype))
     names = [SETTINGS.get(name, name) for name in CRITERIA]
     text = scored(subject, options, names, f"{options.data / TEXT}[0:200]", "loss", "text")
-    items = scored(subject, options, [ITEM_ORDERS], f"{options.data / ITEMS}[0:{options.items}]", "accuracy", "items")
-    figures = {
+    figures: dict[str, Any] = {
         "command": 'python benchmarks/criteria.py --data "$BLOCKPRUNER_DATA" --json experiments/criteria.json',
         "commit": commit(),
         "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
-        "settings": {
-            k: v for k, v in vars(options).items() if k in ("model", "dtype", "windows", "window", "items", "remove")
-        },
+        "settings": {key: getattr(options, key) for key in ("model", "dtype", "windows", "window", "items", "remove")},
         "text": text.model_dump(mode="json"),
-        "items": items.model_dump(mode="json"),
         "agreement": text.agreement(),
-        "removed": removed(subject, options, {**by_name(text), "shapley of PIQA": items.criteria[0]}),
     }
-    options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    written(figures, options.json)
     picture(text, options.json.with_suffix(".png"))
+    source = f"{options.data / ITEMS}[0:{options.items}]"
+    items = scored(subject, options, [ITEM_ORDERS], source, "accuracy", "items")
+    rankings = by_name(text)
+    compared = {name: rankings[name] for name in COMPARED} | {"shapley of PIQA": items.criteria[0]}
+    figures |= {"items": items.model_dump(mode="json"), "removed": removed(subject, options, compared)}
+    written(figures, options.json)
     for name, row in figures["removed"].items():
         loss, error = row["loss"]["value"], row["piqa error"]["value"]
         print(f"{name:24} loss {loss:.3f}  PIQA error {error:.3f}  {', '.join(row['blocks'])}")
+
+
+def written(figures: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def scored(
@@ -95,12 +101,12 @@ def removed(subject: Subject, options: argparse.Namespace, rankings: dict[str, C
     masks = {"dense": frozenset(), **masks}
     held_out = {
         "loss": ("loss", f"{options.data / TEXT}[200:300]"),
-        "piqa error": ("accuracy", f"{options.data / ITEMS}[600:1000]"),
+        "piqa error": ("accuracy", f"{options.data / ITEMS}[600:680]"),
     }
     found: dict[str, Any] = {name: {"blocks": list(first.get(name, ()))} for name in masks}
     for column, (objective, source) in held_out.items():
         measure = parse_objective(objective)
-        data = read_data(subject, source, measure, tokens=8192, window=512)
+        data = read_data(subject, source, measure, tokens=4096, window=512)
         ready = data.objective(subject, measure)
         distinct = list(dict.fromkeys(masks.values()))
         values: dict[Mask, list[float]] = {mask: [] for mask in distinct}
