@@ -124,13 +124,11 @@ def picture(table: ScoreTable, path: Path) -> None:
 
     named = by_name(table)
     order = list(named)
-    rank_rows = [
-        {"criterion": name, "block": block, "rank": place}
-        for name, one in named.items()
-        for block, place in zip(
-            one.scores, ranks([s.value if s else float("inf") for s in one.scores.values()]), strict=True
-        )
-    ]
+    rank_rows = []
+    for name, one in named.items():
+        known = {block: found.value for block, found in one.scores.items() if found}  # a block without a score is blank
+        places = zip(known, ranks(list(known.values())), strict=True)
+        rank_rows += [{"criterion": name, "block": block, "rank": place} for block, place in places]
     pairs = zip(order, table.agreement().values(), strict=True)
     agreement = [{"a": a, "b": b, "rho": rho} for a, row in pairs for b, rho in zip(order, row.values(), strict=True)]
     blocks = list(next(iter(named.values())).scores)
@@ -151,8 +149,9 @@ def picture(table: ScoreTable, path: Path) -> None:
     )
     scale = altair.Scale(scheme="redblue", domain=[-1, 1])
     colour = base.mark_rect().encode(color=altair.Color("rho:Q", scale=scale, title="correlation"))
-    label = base.mark_text(fontSize=10).encode(text=altair.Text("rho:Q", format=".2f"))
-    (left | (colour + label)).resolve_scale(color="independent").save(str(path), scale_factor=1.5)
+    shade = altair.condition("abs(datum.rho) > 0.6", altair.value("white"), altair.value("black"))
+    label = base.mark_text(fontSize=10).encode(text=altair.Text("rho:Q", format=".2f"), color=shade)
+    (left | (colour + label)).resolve_scale(color="independent").save(str(path), scale_factor=1.2)
 
 
 def commit() -> str:
