@@ -15,7 +15,7 @@ import pytest
 import typer.main
 
 from blockpruner import checkpoint as checkpoints
-from blockpruner import cli, demo, exits, models, planning
+from blockpruner import cli, demo, exits, models, planning, recipe
 from blockpruner.artifacts import run_folder, write_json
 from blockpruner.commands import finding, telling
 from blockpruner.console import say
@@ -25,6 +25,7 @@ from blockpruner.evaluation.quality import Evaluation
 from blockpruner.models import load
 from blockpruner.objectives import OBJECTIVES
 from blockpruner.plan import Plan
+from blockpruner.searches import ALIASES, SEARCHES
 from blockpruner.subject import open_subject
 
 APP: Any = typer.main.get_command(cli.app)
@@ -248,7 +249,8 @@ def test_list_says_what_can_be_asked_for(run):
     value = json.loads(run("list", "--json").out)
     names = {shelf: [row["name"] for row in rows] for shelf, rows in value.items()}
     assert (names["objectives"], names["criteria"]) == (list(OBJECTIVES), list(CRITERIA))
-    assert set(names["searches"]) == {"exhaustive", "random", "greedy"}
+    assert names["searches"] == [*SEARCHES, *ALIASES]
+    assert names["recipes"] == recipe.names()
     assert set(names["moves"]) == {"block", "attention", "mlp", "layer", "stock", "span=N"}
 
 
@@ -282,7 +284,7 @@ def test_a_command_that_is_misspelt_is_guessed(run):
     ("options", "what", "fix"),
     [
         ({"moves": "atention"}, "'atention' is not a known kind of move", "did you mean 'attention'?"),
-        ({"search": "gready"}, "'gready' is not a known search", "choose one of: exhaustive, random"),
+        ({"search": "gready"}, "'gready' is not a known search", "did you mean 'greedy'?"),
         ({"search": "randon"}, "'randon' is not a known search", "did you mean 'random'?"),
         ({"search": "random:sed=1"}, "'random' has no option 'sed'", "did you mean 'seed'?"),
         ({"objective": "los"}, "'los' is not a known objective", "did you mean 'loss'?"),

@@ -82,6 +82,7 @@ def test_a_plan_says_of_what_and_how_it_was_made(task, subject, prose):
     assert (plan.calibration["windows"], plan.calibration["window"], plan.calibration["bos"]) == (6, 16, "window")
     assert plan.method.model_dump() == {
         "search": "random:seed=3",
+        "criterion": None,
         "objective": "loss",
         "moves": "mlp",
         "target": "blocks=2",

@@ -30,5 +30,5 @@ ALIASES = {"greedy": "exhaustive"}
 
 def parse_search(text: str, *, seed: int = 0) -> Search:
     """The search that `text` names, as in `random:seed=3`; `seed` serves searches that take one and were given none."""
-    name, colon, options = text.partition(":")
-    return parse_method(ALIASES.get(name.strip(), name) + colon + options, SEARCHES, "search", seed=seed)
+    known = SEARCHES | {short: SEARCHES[name] for short, name in ALIASES.items()}
+    return parse_method(text, known, "search", seed=seed)
