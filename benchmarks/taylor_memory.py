@@ -24,6 +24,11 @@ from search_cost import calibration, commit, peak, public, write
 
 CONTESTANTS = ("plain", "taylor")
 
+COMMAND = (
+    'OMP_NUM_THREADS=1 python benchmarks/taylor_memory.py --data "$BLOCKPRUNER_DATA/text/c4_demo.jsonl" '
+    "--json experiments/taylor_memory.json"
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,7 +47,7 @@ def main() -> None:
     weights, activations = found["plain"]["weights_bytes"], found["plain"].pop("activations_bytes")
     figures = {
         **found["plain"].pop("versions"),
-        "command": command(options, parser),
+        "command": COMMAND,
         "commit": commit(),
         "model": public(options.model),
         "windows": options.windows,
@@ -64,17 +69,6 @@ def main() -> None:
 def in_fresh_process(name: str) -> dict[str, Any]:
     asked = [sys.executable, __file__, *sys.argv[1:], "--contestant", name]
     return json.loads(subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-
-
-def command(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
-    """The command that makes these figures, from the repository's root."""
-    words = ["python", "benchmarks/taylor_memory.py"]
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        words.insert(0, f"OMP_NUM_THREADS={threads}")
-    for name, value in vars(options).items():
-        if value != parser.get_default(name):
-            words += [f"--{name}", f'"{public(str(value))}"']
-    return " ".join(words)
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +105,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "machine": platform.platform(),
+        "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
     return {**result, "before_bytes": before, "ru_maxrss_bytes": peak(), "peak_bytes": peak() - before}
