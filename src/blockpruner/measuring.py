@@ -34,6 +34,14 @@ class Measure(Protocol):
         ...
 
 
-def row_means(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, ...]:
-    """The mean value of each row, for measures whose units are single rows."""
-    return tuple(total / count if count else math.nan for total, count in zip(sums, counts, strict=True))
+class PerRow:
+    """What measures have in common whose units are rows of text, each the mean of its values; they set what differs."""
+
+    reads: ClassVar[Literal["text", "items"]] = "text"
+    of: ClassVar[Literal["logits", "states"]] = "logits"
+    compares: ClassVar[bool] = True
+
+    def units(
+        self, sums: Sequence[float], counts: Sequence[int], lengths: Sequence[int], gold: Sequence[int]
+    ) -> tuple[float, ...]:
+        return tuple(total / count if count else math.nan for total, count in zip(sums, counts, strict=True))

@@ -1,17 +1,16 @@
 """Whether an encoder still means the same: agreement of its embeddings with its own, before."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blockpruner.measuring import row_means
+from blockpruner.measuring import PerRow
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(PerRow):
     """One minus the cosine between the embedding of a window by the pruned model and by the whole one.
 
     The embedding is the mean of the last hidden states over all tokens, as sentence encoders take it; 0 for the whole
@@ -21,9 +20,7 @@ class Embedding:
     title: ClassVar[str] = "Disagreement with the whole model's embeddings"
     source: ClassVar[str] = "ours; mean pooling as in Reimers and Gurevych 2019, arXiv 1908.10084"
     unit: ClassVar[str] = "1 - cosine"
-    reads: ClassVar[Literal["text", "items"]] = "text"
     of: ClassVar[Literal["logits", "states"]] = "states"
-    compares: ClassVar[bool] = True
 
     def each(self, found: "Tensor", whole: "Tensor | None", targets: "Tensor") -> "Tensor":
         assert whole is not None
@@ -32,8 +29,3 @@ class Embedding:
         return (found / found.norm(dim=-1, keepdim=True) - whole / whole.norm(dim=-1, keepdim=True)).square().sum(
             -1
         ) / 2
-
-    def units(
-        self, sums: Sequence[float], counts: Sequence[int], lengths: Sequence[int], gold: Sequence[int]
-    ) -> tuple[float, ...]:
-        return row_means(sums, counts)
