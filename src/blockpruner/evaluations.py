@@ -93,7 +93,7 @@ class Evaluations:
 
     def _report(self, message: str, *, first: bool = False) -> None:
         if self._progress is not None and not (first and self._announced):
-            self._progress(self._done, self.total, message)
+            self._progress(self._done, max(self._done, self.total), message)
             self._announced = True
 
 
