@@ -15,11 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Mask, Move
 from blockpruner.console import Progress
 from blockpruner.criteria import CRITERIA
 from blockpruner.data import read_data
+from blockpruner.evaluations import Evaluations
 from blockpruner.models import load
 from blockpruner.objectives import parse_objective
 from blockpruner.ranking import ranks
@@ -108,13 +108,10 @@ def removed(subject: Subject, options: argparse.Namespace, rankings: dict[str, C
         measure = parse_objective(objective)
         data = read_data(subject, source, measure, tokens=4096, window=512)
         ready = data.objective(subject, measure)
-        distinct = list(dict.fromkeys(masks.values()))
-        values: dict[Mask, list[float]] = {mask: [] for mask in distinct}
-        for batch in range(ready.batches):
-            for mask, units in zip(distinct, ready.losses(distinct, batch), strict=True):
-                values[mask] += units
+        estimates = Evaluations(ready).losses(masks.values(), column)
         for name, mask in masks.items():
-            found[name][column] = Estimate.of(values[mask], measure.unit).model_dump()
+            estimate = estimates[mask]
+            found[name][column] = estimate.model_dump() if estimate else None
     return found
 
 

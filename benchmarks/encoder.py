@@ -23,6 +23,7 @@ from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Mask
 from blockpruner.console import Progress
 from blockpruner.data import read_data
+from blockpruner.evaluations import Evaluations
 from blockpruner.models import load
 from blockpruner.objectives.embedding import Embedding
 from blockpruner.planning import Rehearsal, find_plan, prepare
@@ -56,11 +57,9 @@ def main() -> None:
         chosen = driver.run(Random(seed), task.problem, Rehearsal(task.objective))
         steps = [step.move.blocks for step in chosen.steps]
         masks[f"random {seed}"] = [frozenset().union(*steps[:k]) for k in range(1, len(steps) + 1)]
-    distinct = list(dict.fromkeys([DENSE, *(mask for row in masks.values() for mask in row)]))
-    values: dict[Mask, list[float]] = {mask: [] for mask in distinct}
-    for batch in range(objective.batches):
-        for mask, units in zip(distinct, objective.losses(distinct, batch), strict=True):
-            values[mask] += [1 - unit for unit in units]
+    evaluations = Evaluations(objective, progress=Progress())
+    evaluations.losses([mask for row in masks.values() for mask in row], "measuring")
+    values = {mask: [1 - unit for unit in evaluations.values(mask)] for row in masks.values() for mask in row}
     ids = held_out.examples.inputs["input_ids"]
     whole = embeddings(subject, DENSE, ids)
     rows = []

@@ -104,9 +104,6 @@ class Notes:
         self._journal = journal
         self._held = {r["note"]: r["value"] for r in journal.records if "note" in r} if journal else {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._held
-
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """The note `name`; `make` gives it as strict JSON (no NaN) where there is none yet."""
         if name not in self._held:

@@ -54,6 +54,7 @@ class ModelObjective:
         self.batch_tokens = batch_tokens
         self._parts = examples.batches(batch_tokens)
         self.batches = len(self._parts)
+        self._planned: tuple[Sequence[Sequence[Mask]], list[Work]] = ((), [])
         self._extra: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
         self.fallback = self._probe()
         if self.fallback:
@@ -77,10 +78,19 @@ class ModelObjective:
             heads += part.targets.shape[0] * len(_positions(part)) * (1 if self.fallback else -(-len(masks) // HEADS))
             groups = [*alone, [DENSE]] if self.fallback else [[*masks, DENSE]]
         total = Work(head_tokens=heads)
-        for stack in self.anatomy.stacks:
+        for stack, each in zip(self.anatomy.stacks, self._per_token(groups), strict=True):
             tokens = _tokens(stack, part.inputs)
-            total = sum((sweep_work(stack.layers, group, tokens) for group in groups), total)
+            mixing, mlp = each.attention_tokens * tokens, each.mlp_tokens * tokens
+            total += Work(attention_tokens=mixing, mlp_tokens=mlp)
         return total
+
+    def _per_token(self, groups: Sequence[Sequence[Mask]]) -> list[Work]:
+        """The blocks that one token passes in each stack; kept, for the micro-batches of a sweep ask the same."""
+        if self._planned[0] != groups:
+            layers = [stack.layers for stack in self.anatomy.stacks]
+            found = [sum((sweep_work(each, group, 1) for group in groups), Work()) for each in layers]
+            self._planned = (groups, found)
+        return self._planned[1]
 
     def seconds(self, work: Work) -> float:
         """How long `work` takes here, from one timed pass of the whole model over one micro-batch."""

@@ -10,7 +10,7 @@ from blockpruner.blocks import Mask, format_mask
 from blockpruner.calibration import CalibrationRecord
 from blockpruner.checkpoint import Saved
 from blockpruner.data import Data, read_data
-from blockpruner.evaluations import estimate
+from blockpruner.evaluations import Evaluations
 from blockpruner.objectives import OBJECTIVES
 from blockpruner.plan import ModelIdentity, Plan
 from blockpruner.planning import Rehearsal, Task, find_plan, prepare
@@ -99,16 +99,12 @@ def measured(task: Task, data: Data, masks: Mapping[str, Mask]) -> dict[str, Con
     """The loss of the model without each mask, by the objective of the task on other data."""
     subject, outline = task.subject, task.subject.anatomy.outline
     objective = data.objective(subject, task.objective.measure)
-    distinct = list(dict.fromkeys(masks.values()))
-    values: dict[Mask, list[float]] = {mask: [] for mask in distinct}
-    for batch in range(objective.batches):
-        for mask, losses in zip(distinct, objective.losses(distinct, batch), strict=True):
-            values[mask] += losses
+    losses = Evaluations(objective).losses(masks.values(), "measuring")
     return {
         name: Contestant(
             removed=format_mask(mask),
             parameters=subject.identity.parameters - outline.removed_parameters(mask),
-            loss=estimate(values[mask], objective.unit),
+            loss=losses[mask],
         )
         for name, mask in masks.items()
     }

@@ -11,6 +11,7 @@ from blockpruner.artifacts import Artifact, Estimate, Record
 from blockpruner.blocks import Block, Mask, format_mask
 from blockpruner.calibration import Calibration, CalibrationRecord, TextOptions, load_calibration
 from blockpruner.errors import CheckFailedError, InputError
+from blockpruner.evaluations import Evaluations
 from blockpruner.examples import examples_of, question
 from blockpruner.objective import ModelObjective, usual_window
 from blockpruner.objectives.loss import Loss
@@ -89,20 +90,13 @@ def evaluate_masks(
             fix="give a decoder-only model",
         )
     objective = ModelObjective(model, anatomy, examples_of(model, data.windows))
-    distinct = list(dict.fromkeys(masks.values()))
-    losses: dict[Mask, list[float]] = {mask: [] for mask in distinct}
-    for batch in range(objective.batches):
-        if progress:
-            progress(batch, objective.batches, "evaluating")
-        for mask, found in zip(distinct, objective.losses(distinct, batch), strict=True):
-            losses[mask] += found
-    if progress:
-        progress(objective.batches, objective.batches, "evaluating")
-    return [_quality(name, mask, model, anatomy, data, losses[mask]) for name, mask in masks.items()]
+    evaluations = Evaluations(objective, progress=progress, total=len(set(masks.values())) * objective.batches)
+    evaluations.losses(masks.values(), "evaluating")
+    return [_quality(name, mask, model, anatomy, data, evaluations.values(mask)) for name, mask in masks.items()]
 
 
 def _quality(
-    name: str, mask: Mask, model: PreTrainedModel, anatomy: Anatomy, data: Calibration, losses: list[float]
+    name: str, mask: Mask, model: PreTrainedModel, anatomy: Anatomy, data: Calibration, losses: Sequence[float]
 ) -> Quality:
     wild = [loss for loss in losses if not loss < MOST_NATS]  # NaN too
     if wild:
