@@ -335,7 +335,7 @@ def mask_tree(model: Model, anatomy: Anatomy, findings: Findings) -> str:
     blocks = list(anatomy.parts)
     masks = [frozenset[Block](), *(frozenset(blocks[start::3][:2]) for start in range(3)), frozenset(blocks[-2:])]
     masks = list(dict.fromkeys(masks))
-    for mask, losses in zip(masks, objective.losses(masks, 0), strict=True):
+    for mask, losses in zip(masks, objective.batch_losses(masks, 0), strict=True):
         with skipped(model, mask, anatomy=anatomy):
             scores = logits(model, {"input_ids": windows}, use_cache=False)[:, :-1].log_softmax(dim=-1)
         plain = -scores.gather(2, windows[:, 1:, None]).squeeze(2).double().mean(dim=1)

@@ -39,7 +39,7 @@ class Wild(Toy):
         super().__init__(lambda mask: 0.0)
         self.seed = seed
 
-    def losses(self, masks, batch):
+    def batch_losses(self, masks, batch):
         self.asked += [(mask, batch) for mask in masks]
         return [tuple(self.loss(mask, batch, unit) for unit in range(SIZES[batch])) for mask in masks]
 
@@ -73,7 +73,7 @@ def test_a_score_is_minus_the_mean_present_minus_the_mean_absent_over_all_units_
 
 def test_with_micro_batches_of_one_size_the_error_is_that_of_two_means():
     class Even(Toy):
-        def losses(self, masks, batch):
+        def batch_losses(self, masks, batch):
             return [(tangled(mask) + batch, tangled(mask) - 1) for mask in masks]
 
     draws = [(frozenset(shuffled(8, 5, batch, draw)[4:]), batch) for batch in range(2) for draw in range(10)]

@@ -31,7 +31,7 @@ class Many(Toy):
 
     batches = 8
 
-    def losses(self, masks, batch):
+    def batch_losses(self, masks, batch):
         self.asked += [(mask, batch) for mask in masks]
         return [(self.rule(mask) + number(format_mask(mask), batch) % 64 / 64,) for mask in masks]
 
@@ -307,10 +307,10 @@ def test_without_a_finite_loss_there_is_no_plan():
 
 def test_a_plan_whose_loss_on_all_data_is_not_finite_is_a_failed_check():
     class LastBatch(Many):
-        def losses(self, masks, batch):
+        def batch_losses(self, masks, batch):
             return [
                 (math.nan,) if mask and batch == 7 else loss
-                for mask, loss in zip(masks, super().losses(masks, batch), strict=True)
+                for mask, loss in zip(masks, super().batch_losses(masks, batch), strict=True)
             ]
 
     search = Evolution(offspring=2, initial=2, generations=1, first=1, second=1)

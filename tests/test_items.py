@@ -122,7 +122,7 @@ def test_the_likelier_answer_is_the_given_one_and_padding_changes_nothing(per):
     assert 0 < sum(wrong) < len(wrong)
     found = ModelObjective(model, anatomy, examples, Accuracy(per), batch_tokens=100)
     assert found.batches > 1
-    losses = [value for batch in range(found.batches) for value in next(iter(found.losses([frozenset()], batch)))]
+    losses = [value for batch in range(found.batches) for value in next(iter(found.batch_losses([frozenset()], batch)))]
     assert losses == wrong
 
 

@@ -83,8 +83,8 @@ def test_the_error_is_that_of_paired_differences_so_that_what_all_models_find_ha
     class Uneven(Toy):
         """Without a block, unit number u of a micro-batch loses u more."""
 
-        def losses(self, masks, batch):
-            found = zip(masks, super().losses(masks, batch), strict=True)
+        def batch_losses(self, masks, batch):
+            found = zip(masks, super().batch_losses(masks, batch), strict=True)
             return [tuple(loss + len(mask) * unit for unit, loss in enumerate(losses)) for mask, losses in found]
 
     rises = [0.0, 1.0, 0.0, 1.0, 2.0]  # over micro-batches of two and three units

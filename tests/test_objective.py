@@ -48,7 +48,7 @@ def plain(model, anatomy, mask, windows):
 
 def all_losses(found, masks):
     """mask -> the loss of every window, over all micro-batches."""
-    batches = [list(found.losses(masks, batch)) for batch in range(found.batches)]
+    batches = [list(found.batch_losses(masks, batch)) for batch in range(found.batches)]
     return {mask: [loss for rows in batches for loss in rows[i]] for i, mask in enumerate(masks)}
 
 
@@ -220,7 +220,7 @@ def test_no_more_logits_exist_at_once_than_asked_for(monkeypatch):
     found = loss_of(model, anatomy_of("llama"), token_ids(3, 40))
     handle = model.lm_head.register_forward_hook(lambda _module, _given, output: sizes.append(output.numel()))
     try:
-        list(found.losses([DENSE], 0))
+        list(found.batch_losses([DENSE], 0))
     finally:
         handle.remove()
     assert max(sizes) <= 12 * VOCABULARY

@@ -109,10 +109,10 @@ def test_one_window_has_no_standard_error_and_says_why(opened, prose):
 def test_a_contestant_without_a_finite_perplexity_is_named(opened, text, monkeypatch, loss):
     bad = parse_mask("mlp.0")
 
-    def losses(objective, masks, batch):
+    def batch_losses(objective, masks, batch):
         return [(loss if mask == bad else 1.0,) for mask in masks]
 
-    monkeypatch.setattr(quality.ModelObjective, "losses", losses)
+    monkeypatch.setattr(quality.ModelObjective, "batch_losses", batch_losses)
     with pytest.raises(CheckFailedError, match=r"^broken has no finite perplexity: .* (nan|inf|10000.0) nats"):
         evaluate_masks(opened[0], opened[1], text, {"dense": frozenset(), "broken": bad})
 

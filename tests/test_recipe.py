@@ -166,5 +166,7 @@ def test_encoders_and_encoder_decoders_go_through_the_same_searches(name, search
     assert len(mask) == 2
     assert result.steps[-1].loss is not None
     with torch.no_grad():
-        losses = [value for batch in range(objective.batches) for value in next(iter(objective.losses([mask], batch)))]
+        losses = [
+            value for batch in range(objective.batches) for value in next(iter(objective.batch_losses([mask], batch)))
+        ]
     assert result.steps[-1].loss.value == pytest.approx(sum(losses) / len(losses))

@@ -124,8 +124,8 @@ def test_a_loss_that_is_no_number_to_average_never_wins_and_is_recorded(bad):
 
 def test_one_bad_window_is_enough_to_fail_a_candidate():
     class OneBadWindow(Toy):
-        def losses(self, masks, batch):
-            found = super().losses(masks, batch)
+        def batch_losses(self, masks, batch):
+            found = super().batch_losses(masks, batch)
             bad = Block("mlp", 0)
             return [
                 (math.nan, *losses[1:]) if batch == 1 and bad in mask else losses
@@ -250,11 +250,11 @@ class Interrupted(Toy):
     after: int = 0
     sweeps: int = 0
 
-    def losses(self, masks, batch):
+    def batch_losses(self, masks, batch):
         if self.sweeps == self.after:
             signal.raise_signal(signal.SIGINT)
         self.sweeps += 1
-        return super().losses(masks, batch)
+        return super().batch_losses(masks, batch)
 
 
 # Random

@@ -19,6 +19,7 @@ from blockpruner.errors import InputError
 from blockpruner.evaluations import Evaluations
 from blockpruner.game import MASKS
 from blockpruner.journal import Journal
+from blockpruner.searching import BatchByBatch
 
 Shapley: Any = module.Shapley  # so that a score may be read without saying each time that it is not None
 BLOCKS = toy_outline(4).blocks
@@ -27,7 +28,7 @@ SIZES = (3, 2, 3)  # units per micro-batch of `Game`
 
 
 @dataclass
-class Game:
+class Game(BatchByBatch):
     """A loss for each set of blocks that are gone and each unit: random, rising on average, in no way additive."""
 
     seed: int
@@ -41,7 +42,7 @@ class Game:
     def __post_init__(self):
         self.table = {}
 
-    def losses(self, masks, batch):
+    def batch_losses(self, masks, batch):
         self.asked += [(mask, batch) for mask in masks]
         for mask in masks:
             yield tuple(self.loss(mask, unit) for unit in range(sum(SIZES[:batch]), sum(SIZES[: batch + 1])))
@@ -393,9 +394,9 @@ def test_no_call_has_more_masks_than_the_mask_tree_has_room_for():
     calls = []
 
     class Counted(Game):
-        def losses(self, masks, batch):
+        def batch_losses(self, masks, batch):
             calls.append(len(masks))
-            return super().losses(masks, batch)
+            return super().batch_losses(masks, batch)
 
     blocks = toy_outline(20).blocks
     Shapley(4, data="all").scores(lab_of(Counted(11, blocks)), [Move.of(block) for block in blocks])
@@ -423,14 +424,14 @@ def test_more_orders_begin_with_the_same_ones():
 @pytest.mark.parametrize("options", [{}, {"truncation": 0.2}, {"stable": 0.9, "check": 2}])
 def test_a_killed_run_goes_on_to_the_same_scores_and_pays_for_nothing_twice(options, tmp_path):
     class Killed(Game):
-        def losses(self, masks, batch):
-            for losses in super().losses(masks, batch):
+        def batch_losses(self, masks, batch):
+            for losses in super().batch_losses(masks, batch):
                 if len(self.table) > 200:
                     raise KeyboardInterrupt
                 yield losses
 
     class Silent(Game):
-        def losses(self, masks, batch):
+        def batch_losses(self, masks, batch):
             raise AssertionError(f"asked for {masks} again")
 
     criterion, path = Shapley(12, **options), tmp_path / "journal.jsonl"

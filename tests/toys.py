@@ -8,7 +8,7 @@ from blockpruner.artifacts import Work
 from blockpruner.blocks import Block, Mask, Outline
 from blockpruner.moves import Target
 from blockpruner.plan import Plan
-from blockpruner.searching import Problem, Search, SearchResult
+from blockpruner.searching import BatchByBatch, Problem, Search, SearchResult
 
 NOISE = ((0.0, 0.25), (-0.5, 0.125, 1.0))  # per micro-batch, per window; binary fractions, so that sums are exact
 
@@ -25,7 +25,7 @@ def toy_problem(depth: int, moves: str, target: str, protected: Sequence[int] = 
 
 
 @dataclass
-class Toy:
+class Toy(BatchByBatch):
     """loss(mask, window) = rule(mask) + the window's own noise; `asked` lists all (mask, batch) in order."""
 
     rule: Callable[[Mask], float]
@@ -34,7 +34,7 @@ class Toy:
     batches = len(NOISE)
     unit = "nats per token"
 
-    def losses(self, masks: Sequence[Mask], batch: int) -> list[tuple[float, ...]]:
+    def batch_losses(self, masks: Sequence[Mask], batch: int) -> list[tuple[float, ...]]:
         self.asked += [(mask, batch) for mask in masks]
         return [tuple(self.rule(mask) + noise for noise in NOISE[batch]) for mask in masks]
 

@@ -74,6 +74,7 @@ def identity(subject: Subject, data: Data, objective: ModelObjective, seed: int)
         "seed": str(seed),
         "objective": format_method(objective.measure, OBJECTIVES),
         "batch tokens": str(objective.batch_tokens),
+        **({"values per window": str(objective.pieces)} if objective.pieces > 1 else {}),
         "engine": "plain forward" if objective.fallback else "mask tree",
         "dtype": subject.dtype,
         "device": subject.model.device.type,

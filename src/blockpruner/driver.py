@@ -15,6 +15,7 @@ from blockpruner.searching import (
     Chosen,
     Objective,
     Partly,
+    Pieces,
     Problem,
     Progress,
     Proposals,
@@ -91,6 +92,10 @@ def _follow(
                 if budget is not None and sweeps.evaluated(masks) > budget:
                     return Stop.BUDGET
                 answer = sweeps.partly(masks, batches, f"{message}, {len(masks)} masks")
+            case Pieces(masks, batches):
+                if budget is not None and sweeps.evaluated(masks) > budget:
+                    return Stop.BUDGET
+                answer = sweeps.pieces(masks, batches, f"{message}, {len(masks)} masks")
             case masks:
                 if budget is not None and sweeps.evaluated(masks) > budget:
                     return Stop.BUDGET

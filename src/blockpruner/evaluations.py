@@ -4,15 +4,14 @@ For whoever asks an objective: the driver of the searches, and criteria that are
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from blockpruner.artifacts import Estimate, Work
 from blockpruner.blocks import Mask, format_mask, parse_mask
 from blockpruner.journal import Journal
-from blockpruner.searching import Losses, Objective, Progress
-
-Values = tuple[float, ...]
+from blockpruner.searching import Losses, Objective, Progress, Values
 
 
 class Evaluations:
@@ -48,48 +47,64 @@ class Evaluations:
         """The mean loss of each mask over all units, with its standard error; None if that of a unit is not finite."""
         masks = tuple(dict.fromkeys(masks))
         fresh = [mask for mask in masks if mask not in self.known]
-        for batch in range(self.objective.batches):
-            self.part(fresh, batch, message)
+        self._evaluate(fresh, range(self.objective.batches), message)
         self.known |= {mask: estimate(self.values(mask), self.objective.unit) for mask in fresh}
         return {mask: self.known[mask] for mask in masks}
 
     def values(self, mask: Mask) -> Values:
         """The loss of each unit without `mask`, which `losses` was asked for before."""
-        return tuple(loss for batch in range(self.objective.batches) for loss in self._memo[mask, batch])
+        return self._units(self._held(mask, range(self.objective.batches)))
 
     def part(self, masks: Iterable[Mask], batch: int, message: str) -> dict[Mask, Values]:
         """The losses of the units of one micro-batch alone, by mask; for estimates that sample the data."""
-        masks = tuple(dict.fromkeys(masks))
-        self._sweep(masks, batch, message)
-        fresh = [mask for mask in masks if (mask, batch) not in self._counted]
-        if fresh:
-            self.work += self.objective.work(fresh, batch)
-            self._counted |= {(mask, batch) for mask in fresh}
-            self._masks |= set(fresh)
-        return {mask: self._memo[mask, batch] for mask in masks}
+        return {mask: self._units(values) for mask, values in self.pieces(masks, [batch], message).items()}
 
     def partly(self, masks: Iterable[Mask], batches: Sequence[int], message: str) -> Losses:
         """The mean loss of each mask over the units of these micro-batches alone, with its standard error."""
+        found = self.pieces(masks, batches, message)
+        return {mask: estimate(self._units(values), self.objective.unit) for mask, values in found.items()}
+
+    def pieces(self, masks: Iterable[Mask], batches: Sequence[int], message: str) -> dict[Mask, Values]:
+        """The values of each mask on these micro-batches, one after the other: as the objective gives them."""
         masks = tuple(dict.fromkeys(masks))
-        parts = [self.part(masks, batch, message) for batch in batches]
-        return {mask: estimate([loss for part in parts for loss in part[mask]], self.objective.unit) for mask in masks}
+        self._evaluate(masks, batches, message)
+        return {mask: self._held(mask, batches) for mask in masks}
 
     def evaluated(self, more: Iterable[Mask]) -> int:
         """How many masks were evaluated, in part or in whole, or would be with `more`."""
         return len(self._masks.union(more))
 
-    def _sweep(self, masks: Sequence[Mask], batch: int, message: str) -> None:
-        missing = [mask for mask in masks if (mask, batch) not in self._memo]
-        self._done += len(masks) - len(missing)
-        if missing:
-            self._report(message, first=True)
-        for mask, losses in zip(missing, self.objective.losses(missing, batch) if missing else (), strict=True):
-            found = tuple(map(float, losses))
+    def _evaluate(self, masks: Sequence[Mask], batches: Sequence[int], message: str) -> None:
+        """Have all of these remembered, and counted as asked for in this run."""
+        fresh = {batch: [mask for mask in masks if (mask, batch) not in self._counted] for batch in batches}
+        missing = {batch: [mask for mask in new if (mask, batch) not in self._memo] for batch, new in fresh.items()}
+        self._done += sum(map(len, fresh.values())) - sum(map(len, missing.values()))
+        self._sweep({batch: new for batch, new in missing.items() if new}, message)
+        for batch, new in fresh.items():
+            if new:
+                self.work += self.objective.work(new, batch)
+                self._counted |= {(mask, batch) for mask in new}
+                self._masks |= set(new)
+
+    def _sweep(self, asked: Mapping[int, Sequence[Mask]], message: str) -> None:
+        if not asked:
+            return
+        self._report(message, first=True)
+        for batch, mask, found in self.objective.losses(asked):
+            values = tuple(map(float, found))
             if self._journal is not None:
-                self._journal.append([_record(mask, batch, found)])
-            self._memo[mask, batch] = found
+                self._journal.append([_record(mask, batch, values)])
+            self._memo[mask, batch] = values
             self._done += 1
             self._report(message)
+
+    def _held(self, mask: Mask, batches: Sequence[int]) -> Values:
+        return tuple(value for batch in batches for value in self._memo[mask, batch])
+
+    def _units(self, values: Values) -> Values:
+        """The loss of each unit from its pieces."""
+        each = self.objective.pieces
+        return values if each == 1 else tuple(fmean(values[at : at + each]) for at in range(0, len(values), each))
 
     def _report(self, message: str, *, first: bool = False) -> None:
         if self._progress is not None and not (first and self._announced):

@@ -19,7 +19,7 @@ from blockpruner.measuring import Measure
 from blockpruner.objectives.loss import Loss
 from blockpruner.parts import Anatomy, Stack
 from blockpruner.probing import accepts, evaluating, first_tensor, vocabulary_size
-from blockpruner.searching import DENSE
+from blockpruner.searching import DENSE, BatchByBatch, Values
 from blockpruner.surgery import skipped
 
 BATCH_TOKENS = 2048
@@ -30,13 +30,16 @@ _LOSS = Loss()
 _log = logging.getLogger("blockpruner")
 
 
-class ModelObjective:
+class ModelObjective(BatchByBatch):
     """What `measure` finds of the model without the blocks of a mask, per unit of `examples`.
 
     Examples are evaluated in fixed micro-batches of about BATCH_TOKENS tokens, so the value of (mask, unit) has the
     same bits whatever else is asked. Uses the mask tree when a probe finds that it agrees with plain forward passes on
     this very model (states at full length, logits at PROBE_POSITIONS positions), else plain forward passes, a row at a
     time; `fallback` says why. InputError where the model has not what `measure` looks at.
+
+    segment: values of so many positions of a window each, for searches that race; None: one value per window. They are
+    weighted so that their mean is the window's value. Measures that do not add up over positions have none.
     """
 
     def __init__(
@@ -47,11 +50,15 @@ class ModelObjective:
         measure: Measure = _LOSS,
         *,
         batch_tokens: int = BATCH_TOKENS,
+        segment: int | None = None,
     ) -> None:
         _check_fits(model, examples, measure)
         self.model, self.anatomy, self.examples, self.measure = model, anatomy, examples, measure
         self.unit = measure.unit
         self.batch_tokens = batch_tokens
+        adds_up = measure.reads == "text" and measure.of == "logits"
+        self.segment = min(segment, examples.targets.shape[1]) if segment and adds_up else examples.targets.shape[1]
+        self.pieces = -(-examples.targets.shape[1] // self.segment)
         self._parts = examples.batches(batch_tokens)
         self.batches = len(self._parts)
         self._planned: tuple[Sequence[Sequence[Mask]], list[Work]] = ((), [])
@@ -60,13 +67,12 @@ class ModelObjective:
         if self.fallback:
             _log.warning("plain forward passes instead of the mask tree: %s", self.fallback)
 
-    def losses(self, masks: Sequence[Mask], batch: int) -> Iterator[tuple[float, ...]]:
-        """Per mask (each given once), as they become known, the value of each unit of one micro-batch."""
+    def batch_losses(self, masks: Sequence[Mask], batch: int) -> Iterator[Values]:
         part = self._parts[batch].to(self.model.device)
         rows = self._rows_of_tree if not self.fallback else self._rows_of_passes
         with evaluating(self.model):
             for sums, counts in rows(masks, part):
-                yield self.measure.units(sums.tolist(), counts, part.lengths, part.gold)
+                yield self.measure.units(sums.flatten().tolist(), counts, part.lengths, part.gold)
 
     def work(self, masks: Sequence[Mask], batch: int) -> Work:
         """What evaluating `masks` on one micro-batch costs, counted: shared prefixes once, if the tree is used."""
@@ -128,7 +134,7 @@ class ModelObjective:
     def _sums(self, states: dict[Mask, Tensor], whole: Tensor | None, part: Examples) -> list[tuple[Tensor, list[int]]]:
         """Per mask the sum and the number of the values in each row, some positions at a time."""
         positions = _positions(part)
-        sums = {mask: _Sums(self.measure, part) for mask in states}
+        sums = {mask: _Sums(self.measure, part, self.segment) for mask in states}
         for at in positions.split(max(1, HEAD_POSITIONS // len(part.targets))):
             beside = None if whole is None else self._tree.outputs(whole, part.inputs, at)
             for mask, state in states.items():
@@ -142,7 +148,7 @@ class ModelObjective:
         for row in part.rows():
             beside = self._pass(DENSE, row) if self.measure.compares else None
             for mask in masks:
-                sums = _Sums(self.measure, row)
+                sums = _Sums(self.measure, row, self.segment)
                 sums.add(self._pass(mask, row), beside, _positions(row))
                 found[mask].append(sums.done())
         for rows in found.values():
@@ -205,11 +211,12 @@ class ModelObjective:
 
 
 class _Sums:
-    """Adds up the values of a measure, row by row, over chunks of positions."""
+    """Adds up the values of a measure, row by row and segment by segment, over chunks of positions."""
 
-    def __init__(self, measure: Measure, part: Examples) -> None:
-        self._measure, self._targets = measure, part.targets
-        self._sums = torch.zeros(len(part.targets), dtype=torch.float64)
+    def __init__(self, measure: Measure, part: Examples, segment: int) -> None:
+        self._measure, self._targets, self._segment = measure, part.targets, segment
+        rows, positions = part.targets.shape
+        self._sums = torch.zeros(rows, -(-positions // segment), dtype=torch.float64)
         self._pooled: list[Tensor] = []
 
     def add(self, found: Tensor, whole: Tensor | None, positions: Tensor) -> None:
@@ -222,14 +229,18 @@ class _Sums:
         targets = self._targets[:, positions]
         asked = targets != IGNORED
         values = self._measure.each(found[asked], None if whole is None else whole[asked], targets[asked])
-        rows = asked.nonzero()[:, 0].cpu()
-        self._sums.index_add_(0, rows, values.cpu().double())
+        row, place = (index.cpu() for index in asked.nonzero(as_tuple=True))
+        segments = positions.cpu()[place] // self._segment
+        self._sums.index_put_((row, segments), values.cpu().double(), accumulate=True)
 
     def done(self) -> tuple[Tensor, list[int]]:
+        """The sums [rows, segments], times the number of segments, and for each how many values its row has."""
         if self._measure.of == "states":
             found, whole = self._pooled
             return self._measure.each(found, whole, self._targets).cpu().double(), [1] * len(found)
-        return self._sums, (self._targets != IGNORED).sum(dim=1).tolist()
+        segments = self._sums.shape[1]
+        counts = (self._targets != IGNORED).sum(dim=1).repeat_interleave(segments)
+        return self._sums * segments, counts.tolist()
 
 
 def context(model: PreTrainedModel) -> int | None:

@@ -21,7 +21,7 @@ from blockpruner.objectives import OBJECTIVES, parse_objective
 from blockpruner.plan import Plan
 from blockpruner.registry import format_method
 from blockpruner.searches import SEARCHES, parse_search
-from blockpruner.searching import DENSE, Problem, Progress, Scorer, Scores, Search
+from blockpruner.searching import DENSE, BatchByBatch, Problem, Progress, Scorer, Scores, Search, Values
 from blockpruner.subject import Subject
 
 
@@ -94,7 +94,7 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class Rehearsal(BatchByBatch):
     """An objective that costs nothing, finds all masks equal, and counts what they would have cost."""
 
     objective: ModelObjective
@@ -104,7 +104,7 @@ class Rehearsal:
     def batches(self) -> int:
         return self.objective.batches
 
-    def losses(self, masks: Sequence[Mask], batch: int) -> list[tuple[float, ...]]:
+    def batch_losses(self, masks: Sequence[Mask], batch: int) -> list[Values]:
         return [(0.0,)] * len(masks)
 
     def work(self, masks: Sequence[Mask], batch: int) -> Work:

@@ -4,7 +4,7 @@ A search decides which masks to try; it knows moves and numbers, no tensors. It 
 the business of the `driver`: evaluating, remembering, the journal, counting, progress and the reason to stop.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol
@@ -18,6 +18,8 @@ from blockpruner.registry import lookup
 DENSE: Mask = frozenset()
 
 Progress = Callable[[int, int, str], None]
+Values = tuple[float, ...]
+Found = tuple[int, Mask, Values]  # micro-batch, mask, its values there: `pieces` for each window, window by window
 
 
 class Objective(Protocol):
@@ -25,6 +27,11 @@ class Objective(Protocol):
 
     The losses of one mask on one micro-batch must be the same bits whatever else is asked for, before or at once.
     """
+
+    @property
+    def pieces(self) -> int:
+        """How many values there are for each window, whose mean is its loss; more than 1 for searches that race."""
+        ...
 
     @property
     def batches(self) -> int:
@@ -36,13 +43,31 @@ class Objective(Protocol):
         """Of a loss, as in `nats per token`."""
         ...
 
-    def losses(self, masks: Sequence[Mask], batch: int) -> Iterable[tuple[float, ...]]:
-        """Per mask, in order and as they become known, the loss of each window of micro-batch `batch`; may be NaN."""
+    def losses(self, asked: Mapping[int, Sequence[Mask]]) -> Iterable[Found]:
+        """The losses of masks on the windows of micro-batches, by number, in any order, as they become known.
+
+        asked: per micro-batch the masks, each once. A loss may be NaN.
+        """
         ...
 
     def work(self, masks: Sequence[Mask], batch: int) -> Work:
         """The counted work of evaluating `masks` on one micro-batch in one sweep."""
         ...
+
+
+class BatchByBatch:
+    """What objectives have in common that take one micro-batch after the other, all pieces whole; they say the rest."""
+
+    pieces: int = 1
+
+    def batch_losses(self, masks: Sequence[Mask], batch: int) -> Iterable[Values]:
+        """Per mask, in order and as they become known, its values on one micro-batch."""
+        raise NotImplementedError
+
+    def losses(self, asked: Mapping[int, Sequence[Mask]]) -> Iterator[Found]:
+        for batch, masks in asked.items():
+            for mask, values in zip(masks, self.batch_losses(masks, batch), strict=True):
+                yield batch, mask, values
 
 
 @dataclass(frozen=True)
@@ -101,6 +126,14 @@ class Partly:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """Like `Partly`, but answered with the values themselves, in the order of `batches`: to compare them piece by piece."""
+
+    masks: tuple[Mask, ...]
+    batches: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Ranked:
     """Moves to be scored on top of `mask` by the criterion of the run; the answer has higher = keep."""
 
@@ -109,7 +142,7 @@ class Ranked:
 
 
 Losses = Mapping[Mask, Estimate | None]
-Request = tuple[Mask, ...] | Partly | Ranked | Chosen
+Request = tuple[Mask, ...] | Partly | Pieces | Ranked | Chosen
 Proposals = Generator[Request, Any, None]
 Scorer = Callable[[Mask, Sequence[Move]], Scores]
 
@@ -128,6 +161,8 @@ class Search(Protocol):
 
     def propose(self, problem: Problem) -> Proposals:
         """Yield masks, or `Partly`, to be sent their losses; yield `Ranked` to be sent scores (None: not finite).
+
+        Yield `Pieces` to be sent, by mask, the values on some micro-batches, NaN and all.
 
         Yield `Chosen` for each decision, in order; it is sent None. The decisions are the plan.
         Deterministic: randomness comes from a seed and the number of the step, never from a generator kept between.
