@@ -41,7 +41,7 @@ class Many(Toy):
 
 def toy(depth, moves, target, protected=(), batches=Toy.batches):
     """A toy problem that knows how many micro-batches there are."""
-    return dataclasses.replace(toy_problem(depth, moves, target, protected), batches=batches)
+    return dataclasses.replace(toy_problem(depth, moves, target, protected), sizes=(1,) * batches)
 
 
 def gone(result):

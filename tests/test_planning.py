@@ -138,7 +138,7 @@ def test_a_deeper_search_goes_on_from_the_same_journal(task, tmp_path):
         ({"bos": "none"}, r"calibration: .* BOS window, .* -> .* BOS none, "),
         ({"moves": "mlp"}, "moves: block -> mlp"),
         ({"protect": "0,-1"}, "protected:  -> 0,3"),
-        ({"search": "random"}, "search: exhaustive:ends=False -> random:seed=0"),
+        ({"search": "random"}, "search: greedy:epsilon=0.003,delta=0.05,seed=0 -> random:seed=0"),
     ],
 )
 def test_a_run_folder_is_not_taken_for_another_search_and_says_what_differs(task, tmp_path, options, field):

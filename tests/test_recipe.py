@@ -155,7 +155,7 @@ def test_encoders_and_encoder_decoders_go_through_the_same_searches(name, search
     signs = Signs(last=6, sentinels=(120, 121)) if name.endswith("t5") else Signs(first=5, last=6, mask=7)
     examples = examples_of(model, token_ids(2, 16), signs)
     objective = ModelObjective(model, anatomy, examples)
-    problem = Problem(anatomy.outline, "block", Target.parse("blocks=2"), batches=objective.batches)
+    problem = Problem(anatomy.outline, "block", Target.parse("blocks=2"), sizes=objective.sizes)
     cosine = parse_criterion("cosine")
 
     def scorer(evaluations):

@@ -87,11 +87,6 @@ def test_lookup_serves_plain_tables_too():
     assert lookup("a", {"a": 1}, "letter") == 1
 
 
-def test_greedy_stands_for_the_exhaustive_search_and_says_so_in_the_plan():
-    assert parse_search("greedy") == parse_search("exhaustive") == Exhaustive()
-    assert format_method(parse_search("greedy"), SEARCHES) == "exhaustive:ends=False"
-
-
 def test_the_runs_seed_reaches_random_unless_it_has_its_own():
     assert parse_search("random", seed=4) == Random(4)
     assert parse_search("random:seed=9", seed=4) == Random(9)

@@ -7,7 +7,7 @@ from blockpruner.criteria import CRITERIA
 from blockpruner.moves import GRANULARITIES, span
 from blockpruner.objectives import OBJECTIVES
 from blockpruner.recipe import Recipe, names
-from blockpruner.searches import ALIASES, SEARCHES
+from blockpruner.searches import SEARCHES
 
 Rows = list[dict[str, str]]
 TARGETS = {
@@ -19,16 +19,11 @@ TARGETS = {
 
 def catalogue() -> dict[str, Rows]:
     """Shelf -> its methods, a row each."""
-    searches = _rows(SEARCHES, ("title", "source"))
-    searches += [
-        {"name": short, "title": f"the same as {name}", "source": SEARCHES[name].source}
-        for short, name in ALIASES.items()
-    ]
     kinds = {**GRANULARITIES, "span=N": span}
     return {
         "criteria": _rows(CRITERIA, ("title", "source", "needs", "passes", "moves")),
         "objectives": _rows(OBJECTIVES, ("title", "source", "unit", "reads")),
-        "searches": searches,
+        "searches": _rows(SEARCHES, ("title", "source")),
         "recipes": [{"name": name, "title": (one := Recipe.read(name)).title, "source": one.paper} for name in names()],
         "moves": [{"name": name, "meaning": _first_line(kind)} for name, kind in kinds.items()],
         "targets": [{"name": name, "meaning": meaning} for name, meaning in TARGETS.items()],

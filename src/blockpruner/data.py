@@ -26,8 +26,8 @@ class Data:
     examples: Examples
     record: CalibrationRecord
 
-    def objective(self, subject: Subject, measure: Measure) -> ModelObjective:
-        return ModelObjective(subject.model, subject.anatomy, self.examples, measure)
+    def objective(self, subject: Subject, measure: Measure, **options: int) -> ModelObjective:
+        return ModelObjective(subject.model, subject.anatomy, self.examples, measure, memory=subject.memory, **options)
 
 
 def read_data(subject: Subject, source: str, measure: Measure, *, seed: int = 0, **text: Unpack[TextOptions]) -> Data:

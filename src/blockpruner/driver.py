@@ -81,9 +81,9 @@ def _follow(
     while (request := _tell(proposals, answer)) is not None:
         message = f"step {len(steps) + 1}"
         match request:
-            case Chosen(move, scores):
+            case Chosen(move, scores, ties, loss):
                 mask, answer = mask | move.blocks, None
-                steps.append(Step(move, sweeps.known.get(mask), scores))
+                steps.append(Step(move, sweeps.loss(mask) or loss, scores, ties))
             case Ranked(gone, moves):
                 if scorer is None:
                     raise InputError(f"{search.title} ranks moves by a criterion", fix="name one with --criterion")

@@ -70,6 +70,12 @@ class Evaluations:
         self._evaluate(masks, batches, message)
         return {mask: self._held(mask, batches) for mask in masks}
 
+    def loss(self, mask: Mask) -> Estimate | None:
+        """The mean loss of `mask` over all units if all were asked for by now, else None; None if not finite, too."""
+        if mask not in self.known and all((mask, batch) in self._counted for batch in range(self.objective.batches)):
+            self.known[mask] = estimate(self.values(mask), self.objective.unit)
+        return self.known.get(mask)
+
     def evaluated(self, more: Iterable[Mask]) -> int:
         """How many masks were evaluated, in part or in whole, or would be with `more`."""
         return len(self._masks.union(more))

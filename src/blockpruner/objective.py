@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,8 @@ from blockpruner.measuring import Measure
 from blockpruner.objectives.loss import Loss
 from blockpruner.parts import Anatomy, Stack
 from blockpruner.probing import accepts, evaluating, first_tensor, vocabulary_size
-from blockpruner.searching import DENSE, BatchByBatch, Values
+from blockpruner.searching import DENSE, BatchByBatch, Found, Values
+from blockpruner.spilling import Spill
 from blockpruner.surgery import skipped
 
 BATCH_TOKENS = 2048
@@ -40,6 +41,10 @@ class ModelObjective(BatchByBatch):
 
     segment: values of so many positions of a window each, for searches that race; None: one value per window. They are
     weighted so that their mean is the window's value. Measures that do not add up over positions have none.
+
+    memory: None: micro-batches one after the other; else all that are asked for at once go through a layer before the
+    next one is wanted, with at most so many bytes of their states in memory and the others on disk: for models whose
+    weights are streamed. The losses are the same bits, and are known when the last layer is done.
     """
 
     def __init__(
@@ -51,28 +56,45 @@ class ModelObjective(BatchByBatch):
         *,
         batch_tokens: int = BATCH_TOKENS,
         segment: int | None = None,
+        memory: int | None = None,
     ) -> None:
         _check_fits(model, examples, measure)
         self.model, self.anatomy, self.examples, self.measure = model, anatomy, examples, measure
         self.unit = measure.unit
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self.memory = batch_tokens, memory
         adds_up = measure.reads == "text" and measure.of == "logits"
         self.segment = min(segment, examples.targets.shape[1]) if segment and adds_up else examples.targets.shape[1]
         self.pieces = -(-examples.targets.shape[1] // self.segment)
         self._parts = examples.batches(batch_tokens)
         self.batches = len(self._parts)
+        self.sizes = tuple(len(part) * self.pieces for part in self._parts)
         self._planned: tuple[Sequence[Sequence[Mask]], list[Work]] = ((), [])
         self._extra: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
         self.fallback = self._probe()
         if self.fallback:
             _log.warning("plain forward passes instead of the mask tree: %s", self.fallback)
 
+    def losses(self, asked: Mapping[int, Sequence[Mask]]) -> Iterator[Found]:
+        if self.memory is None or self.fallback:
+            yield from super().losses(asked)
+            return
+        parts = {batch: self._parts[batch].to(self.model.device) for batch in asked}
+        with evaluating(self.model):
+            for batch, mask, (sums, counts) in self._rows_of_tree(asked, parts):
+                yield batch, mask, self._values(sums, counts, parts[batch])
+
     def batch_losses(self, masks: Sequence[Mask], batch: int) -> Iterator[Values]:
         part = self._parts[batch].to(self.model.device)
-        rows = self._rows_of_tree if not self.fallback else self._rows_of_passes
         with evaluating(self.model):
-            for sums, counts in rows(masks, part):
-                yield self.measure.units(sums.flatten().tolist(), counts, part.lengths, part.gold)
+            if self.fallback:
+                rows = self._rows_of_passes(masks, part)
+            else:
+                rows = (found for _, _, found in self._rows_of_tree({batch: masks}, {batch: part}))
+            for sums, counts in rows:
+                yield self._values(sums, counts, part)
+
+    def _values(self, sums: Tensor, counts: list[int], part: Examples) -> Values:
+        return self.measure.units(sums.flatten().tolist(), counts, part.lengths, part.gold)
 
     def work(self, masks: Sequence[Mask], batch: int) -> Work:
         """What evaluating `masks` on one micro-batch costs, counted: shared prefixes once, if the tree is used."""
@@ -121,14 +143,24 @@ class ModelObjective(BatchByBatch):
         self._sums({DENSE: state}, None if not self.measure.compares else state, part)
         return (middle - start) / max(1, blocks), (time.perf_counter() - middle) / max(1, heads)
 
-    def _rows_of_tree(self, masks: Sequence[Mask], part: Examples) -> Iterator[tuple[Tensor, list[int]]]:
+    def _rows_of_tree(
+        self, asked: Mapping[int, Sequence[Mask]], parts: Mapping[int, Examples]
+    ) -> Iterator[tuple[int, Mask, tuple[Tensor, list[int]]]]:
+        """Per micro-batch and mask, in order, the sums and numbers of `_sums`."""
         compares = self.measure.compares
-        states = self._tree.final_states([*masks, DENSE] if compares else masks, part.inputs)
-        whole = states[DENSE] if compares else None
+        first = [DENSE] if compares else []
+        wanted = {batch: ([*first, *masks], parts[batch].inputs) for batch, masks in asked.items()}
+        take = self._tree.walk(wanted, Spill(self.memory))
         step = HEADS if compares else 1
-        for start in range(0, len(masks), step):
-            group = {mask: states.pop(mask) for mask in masks[start : start + step]}
-            yield from self._sums(group, whole, part)
+        for batch, masks in asked.items():
+            whole = take(batch, DENSE) if compares else None
+            for start in range(0, len(masks), step):
+                group = {
+                    mask: take(batch, mask) if whole is None or mask != DENSE else whole
+                    for mask in masks[start : start + step]
+                }
+                for mask, rows in zip(group, self._sums(group, whole, parts[batch]), strict=True):
+                    yield batch, mask, rows
 
     @torch.no_grad()
     def _sums(self, states: dict[Mask, Tensor], whole: Tensor | None, part: Examples) -> list[tuple[Tensor, list[int]]]:

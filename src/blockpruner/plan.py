@@ -56,7 +56,8 @@ class Method(Record):
 
 
 class PlanStep(Record):
-    """Blocks removed together. loss: with them and all steps before gone; scores: that of every move that was tried.
+    """Blocks removed together. loss: with them and all steps before gone; scores: that of every move that was tried;
+    ties: the moves that these were not shown to beat.
 
     A null says that a loss is not known, in scores that it was not a finite number.
     """
@@ -64,6 +65,7 @@ class PlanStep(Record):
     remove: tuple[BlockText, ...] = Field(min_length=1)
     loss: Estimate | None = None
     scores: dict[MoveText, Estimate | None] = Field(default_factory=dict)
+    ties: tuple[MoveText, ...] = ()
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -148,6 +150,7 @@ class Plan(Artifact):
                 remove=_texts(step.move),
                 loss=step.loss,
                 scores={str(move): score for move, score in step.scores.items()},
+                ties=tuple(map(str, step.ties)),
             )
             for step in result.steps
         )

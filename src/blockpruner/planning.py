@@ -14,6 +14,7 @@ from blockpruner.criteria import CRITERIA, parse_criterion
 from blockpruner.criterion import Criterion, Lab
 from blockpruner.data import Data, identity, read_data
 from blockpruner.evaluations import Evaluations, Notes
+from blockpruner.hands import Crew
 from blockpruner.journal import Journal
 from blockpruner.moves import Target, format_protected, parse_protected
 from blockpruner.objective import ModelObjective
@@ -23,6 +24,10 @@ from blockpruner.registry import format_method
 from blockpruner.searches import SEARCHES, parse_search
 from blockpruner.searching import DENSE, BatchByBatch, Problem, Progress, Scorer, Scores, Search, Values
 from blockpruner.subject import Subject
+from blockpruner.workers import spread
+
+# What searches see of the data at once, and how fine: a race begins with one such micro-batch, of 8 values.
+BATCH_TOKENS, SEGMENT = 1024, 128
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,12 @@ def prepare(
     problem = Problem(outline, moves, Target.parse(target), parse_protected(protect, outline), start=begun)
     method, measure = parse_search(search, seed=seed), parse_objective(objective)
     ranks = parse_criterion(criterion, seed=seed) if isinstance(criterion, str) else criterion
+    if method.ranks:
+        subject.check_criterion(ranks)
     data = read_data(subject, calibration, measure, seed=seed, **text)
-    ready = data.objective(subject, measure)
-    return Task(subject, data, ready, replace(problem, batches=ready.batches), method, ranks, seed)
+    ready = data.objective(subject, measure, batch_tokens=BATCH_TOKENS, segment=SEGMENT)
+    problem = replace(problem, sizes=ready.sizes, unit=ready.unit)
+    return Task(subject, data, ready, problem, method, ranks, seed)
 
 
 @dataclass(frozen=True)
@@ -129,21 +137,28 @@ def quote(task: Task) -> Price:
     return Price(result.evaluations, result.work, sum(passes), seconds)
 
 
-def find_plan(task: Task, run: Path | None = None, progress: Progress | None = None, budget: int | None = None) -> Plan:
+def find_plan(
+    task: Task,
+    run: Path | None = None,
+    progress: Progress | None = None,
+    budget: int | None = None,
+    crew: Crew | None = None,
+) -> Plan:
     """Search, and leave journal.jsonl and plan.json in the run folder; a killed run resumes when it is called again.
 
     Without a run folder nothing is written. budget: evaluations at most. Ctrl-C ends in the plan of the steps so far,
-    whose stop_reason says so.
+    whose stop_reason says so. crew: workers that find the losses; the plan is the same.
     RunFolderError when the folder is in use, or was begun with another model, data, method or version.
     """
     with ExitStack() as held:
         sources = [task.subject.folder] if task.subject.folder else []
         folder = held.enter_context(run_folder(run, sources=sources)) if run else None
+        objective = held.enter_context(spread(task.objective, crew))
         journal = held.enter_context(Journal.open(folder / "journal.jsonl", _identity(task))) if folder else None
         result = driver.run(
             task.search,
             task.problem,
-            task.objective,
+            objective,
             journal=journal,
             progress=progress,
             budget=budget,

@@ -74,19 +74,26 @@ class BatchByBatch:
 class Problem:
     """What a search sees of its task: which moves there are, and when enough is removed.
 
-    protected: (stack, layer) of layers that no move may touch; batches: number of micro-batches of the objective;
-    start: the moves of an earlier plan, for searches that improve one. InputError if the target cannot be reached.
+    protected: (stack, layer) of layers that no move may touch; sizes, unit: how many values the objective gives for
+    each of its micro-batches, and of what; start: the moves of an earlier plan, for searches that improve one.
+    InputError if the target cannot be reached.
     """
 
     outline: Outline
     granularity: str
     target: Target
     protected: frozenset[tuple[str, int]] = frozenset()
-    batches: int = 1
+    sizes: tuple[int, ...] = (1,)
+    unit: str = ""
     start: tuple[Move, ...] = ()
 
     def __post_init__(self) -> None:
         self.target.check(self.outline, self.granularity, self.moves(DENSE))
+
+    @property
+    def batches(self) -> int:
+        """Number of micro-batches of the objective."""
+        return len(self.sizes)
 
     def moves(self, mask: Mask) -> tuple[Move, ...]:
         """The moves on offer on top of `mask`, in tie order."""
@@ -110,11 +117,14 @@ class Chosen:
     """A decision: the move taken, and what every move that stood against it would have led to.
 
     scores: the loss after each move, lower = better, or, where a criterion decided, its score, lower = goes first;
-    None where it was not a finite number.
+    None where it was not a finite number; ties: the moves that were not shown to be worse; loss: with the move gone, as
+    far as the search knows it, which serves where it was not evaluated on everything.
     """
 
     move: Move
     scores: Scores
+    ties: tuple[Move, ...] = ()
+    loss: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ class Partly:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Like `Partly`, but answered with the values themselves, in the order of `batches`: to compare them piece by piece."""
+    """Like `Partly`, but answered with the values themselves, in the order of `batches`, to be compared one by one."""
 
     masks: tuple[Mask, ...]
     batches: tuple[int, ...]
@@ -185,11 +195,12 @@ class Stop(StrEnum):
 
 @dataclass(frozen=True)
 class Step:
-    """One removal: the move, the loss with it and all before it gone (None: not evaluated, or not finite)."""
+    """One removal: the move, the loss with it and all before it gone (None: not known, or not finite), see `Chosen`."""
 
     move: Move
     loss: Estimate | None
     scores: Scores
+    ties: tuple[Move, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from blockpruner.searches.beam import Beam
 from blockpruner.searches.enumeration import Enumeration
 from blockpruner.searches.evolution import Evolution
 from blockpruner.searches.exhaustive import Exhaustive
+from blockpruner.searches.greedy import Greedy
 from blockpruner.searches.iterative import Iterative
 from blockpruner.searches.one_shot import OneShot
 from blockpruner.searches.random import Random
@@ -13,6 +14,7 @@ from blockpruner.searches.swap import Swap
 from blockpruner.searching import Search
 
 SEARCHES: dict[str, type[Search]] = {
+    "greedy": Greedy,
     "exhaustive": Exhaustive,
     "one-shot": OneShot,
     "iterative": Iterative,
@@ -24,11 +26,7 @@ SEARCHES: dict[str, type[Search]] = {
     "random": Random,
 }
 
-# `greedy` stands for the best greedy search there is; today that is the one that tries every move.
-ALIASES = {"greedy": "exhaustive"}
-
 
 def parse_search(text: str, *, seed: int = 0) -> Search:
     """The search that `text` names, as in `random:seed=3`; `seed` serves searches that take one and were given none."""
-    known = SEARCHES | {short: SEARCHES[name] for short, name in ALIASES.items()}
-    return parse_method(text, known, "search", seed=seed)
+    return parse_method(text, SEARCHES, "search", seed=seed)

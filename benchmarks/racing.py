@@ -1,0 +1,107 @@
+"""What races save on the demo model: work and final loss beside the published loop and the exhaustive search.
+
+    python benchmarks/racing.py --data "$BLOCKPRUNER_DATA" --json experiments/search_cost.json
+
+REMOVED blocks go by TOKENS tokens of C4, in draws of 40 documents each; the exhaustive search, which is what a race is
+to agree with, runs on the first draw alone. Final losses are those on the calibration text, evaluated in full. The
+counts of the published loop (every candidate, every token, a full pass) are arithmetic, and are checked by the plain
+loop of search_cost.py. Work is also given as one number, with the seconds that a token costs in blocks and in the head
+on the machine of the run. RUNS keeps what is known: the same command goes on. The figures become `racing` in the JSON.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from blockpruner.artifacts import Work
+from blockpruner.console import Progress
+from blockpruner.models import load
+from blockpruner.plan import Plan
+from blockpruner.planning import Task, find_plan, prepare
+from blockpruner.searching import DENSE
+from blockpruner.subject import Subject, open_subject
+
+C4 = "text/c4_demo.jsonl"
+DOCUMENTS = 40  # per draw; the text for calibration is documents 0 to 199
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with text/")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--removed", type=int, default=9)
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--reference", action="store_true", help="the exhaustive search on the first draw as well")
+    parser.add_argument("--runs", type=Path, default=Path("runs/racing"))
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    subject = open_subject(load("demo", dtype="bfloat16"))
+    rows = {draw: searched(subject, options, draw, "greedy") for draw in range(options.draws)}
+    reference = searched(subject, options, 0, "exhaustive") if options.reference else None
+    shares = [row["share of the published loop"]["all"] for row in rows.values()]
+    figures = {
+        "command": 'python benchmarks/racing.py --data "$BLOCKPRUNER_DATA" --json experiments/search_cost.json',
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
+        "settings": {key: getattr(options, key) for key in ("tokens", "window", "removed")},
+        "model": subject.identity.model_dump(mode="json"),
+        "share of the published loop": {"median": statistics.median(shares), "worst": max(shares)},
+        "draws": rows,
+        "reference": reference,
+    }
+    kept = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
+    options.json.write_text(json.dumps(kept | {"racing": figures}, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({key: figures[key] for key in ("share of the published loop",)}, indent=1))
+
+
+def searched(subject: Subject, options: argparse.Namespace, draw: int, search: str) -> dict[str, Any]:
+    """One search on one draw: its plan, what it cost, and what the published loop would have."""
+    documents = f"[{DOCUMENTS * draw}:{DOCUMENTS * (draw + 1)}]"
+    task = prepare(
+        subject,
+        target=f"blocks={options.removed}",
+        calibration=f"{options.data / C4}{documents}",
+        search=search,
+        tokens=options.tokens,
+        window=options.window,
+    )
+    print(f"--- {search}, draw {draw}", flush=True)
+    plan = find_plan(task, options.runs / f"{search}-{draw}", Progress())
+    assert plan.work is not None
+    return {
+        "search": plan.method.search if plan.method else "",
+        "documents": documents,
+        "steps": ["+".join(map(str, step.blocks)) for step in plan.steps],
+        "ties": {number: list(step.ties) for number, step in enumerate(plan.steps, 1) if step.ties},
+        "pieces": [statistics.fmean(s.n for s in step.scores.values() if s) for step in plan.steps],
+        "loss": plan.steps[-1].loss.model_dump() if plan.steps[-1].loss else None,
+        "work": plan.work.model_dump(mode="json"),
+        "share of the published loop": shares(task, plan, published(task, len(plan.steps))),
+    }
+
+
+def published(task: Task, steps: int) -> Work:
+    """The work of the published loop: for each candidate all blocks that are left, and the head, on all data."""
+    whole = sum((task.objective.work([DENSE], batch) for batch in range(task.objective.batches)), Work())
+    blocks = len(task.subject.anatomy.outline.blocks)
+    tokens = (whole.attention_tokens + whole.mlp_tokens) / blocks
+    candidates = [blocks - step for step in range(steps)]
+    mixed = round(sum(count * (count - 1) * tokens for count in candidates) / 2)
+    return Work(attention_tokens=mixed, mlp_tokens=mixed, head_tokens=sum(candidates) * whole.head_tokens)
+
+
+def shares(task: Task, plan: Plan, loop: Work) -> dict[str, float]:
+    """The work of the plan's search as a share of that of the loop: of blocks, of the head, and of their seconds."""
+    work = plan.work or Work()
+    blocks = (work.attention_tokens + work.mlp_tokens) / (loop.attention_tokens + loop.mlp_tokens)
+    seconds = task.objective.seconds(work) / task.objective.seconds(loop)
+    return {"blocks": blocks, "head": work.head_tokens / loop.head_tokens, "all": seconds}
+
+
+if __name__ == "__main__":
+    main()
