@@ -26,7 +26,8 @@ from blockpruner.data import read_data
 from blockpruner.evaluations import Evaluations
 from blockpruner.models import load
 from blockpruner.objectives.embedding import Embedding
-from blockpruner.planning import Rehearsal, find_plan, prepare
+from blockpruner.planning import find_plan, prepare
+from blockpruner.rehearsal import Rehearsal
 from blockpruner.searches.random import Random
 from blockpruner.searching import DENSE
 from blockpruner.subject import Subject, open_subject

@@ -1,4 +1,4 @@
-"""docs/methods.md and the table of criteria in the README, made from the classes themselves.
+"""docs/methods.md and the tables of criteria and recoveries in the README, made from the classes themselves.
 
 python benchmarks/methods_page.py
 """
@@ -14,16 +14,28 @@ INTRO = {
     "criteria": "`score --criterion`; `search --criterion` for searches that rank. Higher = keep. m: number of moves.",
     "objectives": "`--objective`, for searches and for the criteria that are made of losses. Lower = better.",
     "searches": "`search --search`.",
+    "recoveries": "`recover --method`. n: number of places where blocks were removed.",
     "recipes": "`run RECIPE --model MODEL`: what a paper did, by name.",
     "moves": "`--moves`: what is removed together.",
     "targets": "`--target`: when enough is removed.",
 }
-BLOCK = re.compile(r"(?<=<!-- criteria: made by benchmarks/methods_page.py -->\n).*?(?=<!-- end of criteria -->)", re.S)
+IN_README = ("criteria", "recoveries")
 
 
 def main() -> None:
-    PAGE.write_text(page(catalogue()), encoding="utf-8")
-    README.write_text(BLOCK.sub(lambda _: short(catalogue()["criteria"]), README.read_text("utf-8")), encoding="utf-8")
+    shelves = catalogue()
+    PAGE.write_text(page(shelves), encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    for name in IN_README:
+        text = block(name).sub(lambda _, rows=shelves[name]: short(rows), text)
+    README.write_text(text, encoding="utf-8")
+
+
+def block(name: str) -> re.Pattern[str]:
+    """Where the README has the table of a shelf."""
+    return re.compile(
+        rf"(?<=<!-- {name}: made by benchmarks/methods_page.py -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL
+    )
 
 
 def page(shelves: dict[str, Rows]) -> str:
@@ -37,9 +49,9 @@ def page(shelves: dict[str, Rows]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def short(criteria: Rows) -> str:
+def short(rows: Rows) -> str:
     """The columns that fit a README."""
-    return markdown([{key: row[key] for key in ("name", "title", "needs", "passes")} for row in criteria])
+    return markdown([{key: row[key] for key in ("name", "title", "needs", "passes")} for row in rows])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 from blockpruner.artifacts import Work
 from blockpruner.console import Progress
 from blockpruner.models import load
+from blockpruner.objective import ModelObjective
 from blockpruner.plan import Plan
 from blockpruner.planning import Task, find_plan, prepare
 from blockpruner.searching import DENSE
@@ -81,14 +82,14 @@ def searched(subject: Subject, options: argparse.Namespace, draw: int, search: s
         "pieces": [statistics.fmean(s.n for s in step.scores.values() if s) for step in plan.steps],
         "loss": plan.steps[-1].loss.model_dump() if plan.steps[-1].loss else None,
         "work": plan.work.model_dump(mode="json"),
-        "share of the published loop": shares(task, plan, published(task, len(plan.steps))),
+        "share of the published loop": shares(task, plan, published(task.objective, len(plan.steps))),
     }
 
 
-def published(task: Task, steps: int) -> Work:
+def published(objective: ModelObjective, steps: int) -> Work:
     """The work of the published loop: for each candidate all blocks that are left, and the head, on all data."""
-    whole = sum((task.objective.work([DENSE], batch) for batch in range(task.objective.batches)), Work())
-    blocks = len(task.subject.anatomy.outline.blocks)
+    whole = sum((objective.work([DENSE], batch) for batch in range(objective.batches)), Work())
+    blocks = len(objective.anatomy.outline.blocks)
     tokens = (whole.attention_tokens + whole.mlp_tokens) / blocks
     candidates = [blocks - step for step in range(steps)]
     mixed = round(sum(count * (count - 1) * tokens for count in candidates) / 2)

@@ -250,7 +250,7 @@ def test_a_generation_looks_at_all_on_little_data_then_at_two_and_the_parent_on_
 
 @pytest.mark.parametrize(("batches", "second", "looked"), [(3, 16, 3), (3, 0, 3), (30, 16, 16), (30, 0, 30), (1, 1, 1)])
 def test_the_second_look_is_at_as_many_micro_batches_as_there_are_up_to_second(batches, second, looked):
-    search = Evolution(**SMALL, second=second)
+    search = Evolution(**SMALL, first=1, second=second)
     talk = dialogue(search, toy(5, "block", "blocks=5", batches=batches), noisy)
     assert [len(look.batches) for look, _ in talk] == [1, *[1, looked] * 3, batches]
 

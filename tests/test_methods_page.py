@@ -1,6 +1,7 @@
 """The documents say of the methods what their classes say."""
 
-from methods_page import BLOCK, PAGE, README, page, short
+import pytest
+from methods_page import IN_README, PAGE, README, block, page, short
 
 from blockpruner.catalogue import catalogue, markdown
 
@@ -11,9 +12,10 @@ def test_the_page_of_methods_is_that_of_the_classes():
     assert PAGE.read_text(encoding="utf-8") == page(catalogue()), FIX
 
 
-def test_the_readme_lists_the_criteria_there_are():
-    (found,) = BLOCK.findall(README.read_text(encoding="utf-8"))
-    assert found == short(catalogue()["criteria"]), FIX
+@pytest.mark.parametrize("name", IN_README)
+def test_the_readme_lists_the_methods_there_are(name):
+    (found,) = block(name).findall(README.read_text(encoding="utf-8"))
+    assert found == short(catalogue()[name]), FIX
 
 
 def test_a_table_keeps_its_columns_whatever_is_in_a_cell():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from blockpruner import metrics
 from blockpruner.metrics import token_losses
 
 
@@ -43,3 +44,20 @@ def test_an_impossible_number_is_not_hidden():
     logits, targets = draw(3, 10)
     logits[1, 4] = float("nan")
     assert token_losses(logits, targets).isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("positions", [0, 1, 7])
+def test_token_losses_have_the_bits_of_one_softmax_over_everything(dtype, positions, monkeypatch):
+    logits = (torch.randn(positions, 50, generator=torch.Generator().manual_seed(3)) * 4).to(dtype)
+    targets = torch.randint(0, 50, (positions,), generator=torch.Generator().manual_seed(4))
+    expected = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    for buffered in (1, 100, 2**20):
+        monkeypatch.setattr(metrics, "_BUFFERED", buffered)
+        assert torch.equal(token_losses(logits, targets), expected)
+
+
+def test_token_losses_can_be_differentiated():
+    logits = torch.randn(3, 5, requires_grad=True)
+    token_losses(logits, torch.tensor([0, 1, 2])).sum().backward()
+    assert logits.grad is not None

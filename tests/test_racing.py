@@ -18,6 +18,8 @@ from blockpruner.driver import run
 from blockpruner.errors import CheckFailedError, InputError
 from blockpruner.journal import Journal
 from blockpruner.racing import FEWEST, Race, difference
+from blockpruner.searches.beam import Beam
+from blockpruner.searches.evolution import Evolution
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.greedy import Greedy
 from blockpruner.searching import DENSE, BatchByBatch, Pieces
@@ -87,23 +89,24 @@ class TestDifference:
     def test_it_is_the_plain_paired_estimate_with_the_factor_of_a_finite_population(self):
         one, other = (1.0, 4.0, 2.0, 7.0), (0.5, 3.0, 2.5, 4.0)
         apart = [a - b for a, b in zip(one, other, strict=True)]
-        found = difference(one, other, total=10)
+        found = difference([(one, other)], 10)
         assert found.value == pytest.approx(statistics.fmean(apart))
         assert found.stderr == pytest.approx(statistics.stdev(apart) / 2 * math.sqrt(1 - 4 / 10))
         assert found.freedom == 3
 
     def test_what_was_seen_on_everything_is_known(self):
-        found = difference((1.0, 4.0), (0.5, 3.0), total=2)
+        found = difference([((1.0, 4.0), (0.5, 3.0))], 2)
         assert (found.stderr, found.margin(1e-9)) == (0.0, 0.0)
 
     def test_the_longer_of_two_is_cut_to_what_both_were_seen_on(self):
-        assert difference((1.0, 2.0, 9.0), (0.0, 0.0), total=9) == difference((1.0, 2.0), (0.0, 0.0), total=9)
+        pair = ((1.0, 2.0), (0.0, 0.0))
+        assert difference([((1.0, 2.0, 9.0), (0.0, 0.0))], 9) == difference([pair], 9)
 
     def test_an_earlier_difference_of_the_same_shape_tells_all(self):
         """Where the difference is a line of the earlier one, the few pieces of now say as much as all of then."""
         then = tuple(float(np.sin(k)) for k in range(40))
         now = tuple(2 * x + 0.25 for x in then[:8])
-        found = difference(now, (0.0,) * 8, total=40, before=[(then, (0.0,) * 40)])
+        found = difference([(now, (0.0,) * 8), (then, (0.0,) * 40)], 40)
         assert found.value == pytest.approx(2 * statistics.fmean(then) + 0.25)
         assert found.stderr < 1e-9
 
@@ -114,7 +117,7 @@ class TestDifference:
             then = rng.normal(size=96)
             now = 0.8 * then + 0.6 * rng.normal(size=96) + 0.3
             zeros = (0.0,) * 96
-            found = difference(tuple(now[:12]), zeros[:12], 96, [(tuple(then[:48]), zeros[:48])], alpha=0.1)
+            found = difference([(tuple(now[:12]), zeros[:12]), (tuple(then[:48]), zeros[:48])], 96, alpha=0.1)
             outside += abs(found.value - now.mean()) > found.margin(0.1)
         assert outside / cases == pytest.approx(0.2, abs=0.03)
 
@@ -123,8 +126,8 @@ class TestDifference:
         then = rng.normal(size=64)
         now = 0.9 * then + 0.1 * rng.normal(size=64)
         zeros = (0.0,) * 64
-        alone = difference(tuple(now[:16]), zeros[:16], 64)
-        helped = difference(tuple(now[:16]), zeros[:16], 64, [(tuple(then), zeros)])
+        alone = difference([(tuple(now[:16]), zeros[:16])], 64)
+        helped = difference([(tuple(now[:16]), zeros[:16]), (tuple(then), zeros)], 64)
         assert helped.stderr < alone.stderr / 4
 
 
@@ -141,7 +144,7 @@ class TestRace:
     def test_equals_are_seen_on_everything_and_then_known(self, keep):
         objective = Noisy(lambda mask: 0.0, batches=8)
         problem = noisy_problem(3, "block", "blocks=1", objective)
-        outcome = raced(Race(epsilon=0.0), problem, objective, singles(3), keep)
+        outcome = raced(Race(epsilon=0.0, delta=1e-9), problem, objective, singles(3), keep)
         best = sorted(singles(3), key=objective.mean)[:keep]
         assert list(outcome.kept) == best
         for mask in best:
@@ -250,6 +253,17 @@ class TestGreedy:
         objective = Noisy(lambda mask: math.nan if mask != DENSE else 0.0)
         with pytest.raises(CheckFailedError, match="has a finite loss"):
             run(Greedy(), noisy_problem(2, "block", "blocks=1", objective), objective)
+
+    @pytest.mark.parametrize("search", [Beam(width=3), Evolution(offspring=6, initial=8, generations=5)])
+    def test_other_searches_race_to_a_plan_as_good_for_less(self, search):
+        objective = Noisy(tangled, batches=32)
+        problem = noisy_problem(5, "block", "blocks=4", objective)
+        fast = run(dataclasses.replace(search, race=True), problem, objective)
+        slow = run(search, problem, objective)
+        assert fast.steps[-1].loss.n == PIECES * 32, "the winner is evaluated on everything"
+        assert fast.steps[-1].loss.value <= slow.steps[-1].loss.value + 0.01
+        if isinstance(search, Beam):
+            assert fast.work.head_tokens < slow.work.head_tokens / 3
 
     @pytest.mark.parametrize("options", [{"epsilon": -0.1}, {"delta": 0.0}, {"delta": 1.0}, {"epsilon": math.nan}])
     def test_options_out_of_range_are_refused(self, options):

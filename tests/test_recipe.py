@@ -15,7 +15,7 @@ from blockpruner.errors import InputError
 from blockpruner.models import load
 from blockpruner.moves import Target
 from blockpruner.objectives import parse_objective
-from blockpruner.pipeline import Outcome
+from blockpruner.outcome import Outcome
 from blockpruner.plan import Plan
 from blockpruner.recipe import Recipe
 from blockpruner.searches import parse_search

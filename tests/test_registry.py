@@ -8,7 +8,6 @@ import pytest
 from blockpruner.errors import InputError
 from blockpruner.registry import format_method, lookup, parse_method
 from blockpruner.searches import SEARCHES, parse_search
-from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.random import Random
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import shutil
+from typing import Any
 
 import fresh
 import pytest
@@ -187,7 +188,7 @@ def test_a_part_of_the_configuration_is_not_taken_for_the_whole_either(tmp_path)
 
 def test_a_format_or_an_architecture_that_is_not_known_here_is_named(llama, tmp_path):
     for change, message in (
-        ({"format_version": 99}, "in format 1 .found: 99."),
+        ({"format_version": 99}, "in format 1 or 2 .found: 99."),
         ({"base_model_type": "llama9"}, "does not know the model type 'llama9'"),
     ):
         config = json.loads((llama / "config.json").read_text())
@@ -356,3 +357,53 @@ def test_loading_a_pruned_model_leaves_stock_models_alone(llama, tmp_path):
     assert type(again) is LlamaForCausalLM
     assert type(again.config) is LlamaConfig
     assert torch.equal(logits_of(again), logits_of(stock))
+
+
+ZEROS = {"input": 0, "output": "zeros", "width": 5}
+
+
+def filled(spec, replacement) -> Any:
+    """A stand-in with a replacement whose parameters are not zero."""
+    made = standin.StandIn({**spec, "replacement": replacement})
+    for number, parameter in enumerate(made.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    return made.requires_grad_(False)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_replacement_is_added_where_the_update_of_the_block_was(flat):
+    hidden = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(9))
+    zeros = filled({**ZEROS, "flat": flat}, {"kind": "linear", "inputs": 4, "outputs": 5})
+    expected = hidden @ zeros.replacement.weight + zeros.replacement.bias
+    torch.testing.assert_close(zeros(hidden), expected.reshape(6, 5) if flat else expected)
+    through = filled({"input": 0, "output": {"tuple": ["input", None]}}, {"kind": "bias", "inputs": 0, "outputs": 4})
+    first, second = through(hidden)
+    torch.testing.assert_close(first, hidden + through.replacement.bias)
+    assert second is None
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_a_replacement_of_low_rank_reads_what_a_norm_without_gain_makes(norm):
+    hidden = 3 + torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(9))
+    made = filled(ZEROS, {"kind": "linear", "inputs": 4, "outputs": 5, "rank": 2, "norm": norm, "eps": 1e-5})
+    module = torch.nn.LayerNorm(4, eps=1e-5) if norm == "layer" else torch.nn.RMSNorm(4, eps=1e-5)
+    part = made.replacement
+    torch.testing.assert_close(made(hidden), module(hidden) @ (part.down @ part.up) + part.bias)
+    assert made.to(torch.bfloat16)(hidden.bfloat16()).dtype == torch.bfloat16
+
+
+def test_what_a_replacement_returns_may_be_changed_in_place():
+    made = filled({**ZEROS, "width": 4}, {"kind": "bias", "inputs": 0, "outputs": 4})
+    before = made.replacement.bias.clone()
+    made(torch.zeros(2, 3, 4)).add_(1)
+    assert torch.equal(made.replacement.bias, before)
+
+
+@pytest.mark.parametrize("change", [{"kind": "cubic"}, {"norm": "batch"}, {"rank": -1}, {"inputs": -4}])
+def test_a_replacement_that_is_none_is_refused(change):
+    with pytest.raises(ValueError, match="no replacement is"):
+        standin.Replacement(**{"kind": "linear", "inputs": 4, "outputs": 5, **change})
+
+
+def test_a_stand_in_without_a_replacement_owns_no_parameters():
+    assert not list(standin.StandIn(ZEROS).state_dict())

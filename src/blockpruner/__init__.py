@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from blockpruner import autoload
 
 if TYPE_CHECKING:
-    from blockpruner.api import evaluate, inspect, save, score, search
+    from blockpruner.api import evaluate, inspect, recover, save, score, search
     from blockpruner.blocks import Block, Move
     from blockpruner.errors import BlockprunerError
     from blockpruner.models import load
@@ -29,6 +29,7 @@ __all__ = [
     "inspect",
     "load",
     "prune_",
+    "recover",
     "save",
     "score",
     "search",
@@ -44,6 +45,7 @@ _HOME = {
     "inspect": "blockpruner.api",
     "load": "blockpruner.models",
     "prune_": "blockpruner.surgery",
+    "recover": "blockpruner.api",
     "save": "blockpruner.api",
     "score": "blockpruner.api",
     "search": "blockpruner.api",

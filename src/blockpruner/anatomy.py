@@ -3,7 +3,9 @@
 An anatomy is data: paths, stand-ins as JSON, sizes. It is read from behaviour (`branches`), once per distinct layer
 structure, and proved on the model's own weights (`proof`): silencing one block equals setting its last projection to
 zero, bit for bit, and silencing all of them leaves the layer's skeleton. Then it is proved in the whole model, where
-a block may hand on more than the stream; what others need of it is kept running there.
+a block may hand on more than the stream; what others need of it is kept running there. What a recovery put in the place
+of a removed block is no block: layers are read without it, the whole model is proved with it, and a layer that has such
+a replacement stays, also when its last block goes.
 """
 
 import itertools
@@ -27,6 +29,7 @@ from blockpruner.branches import (
 )
 from blockpruner.caches import CacheUse, cache_use
 from blockpruner.errors import UnsupportedModelError, is_out_of_memory
+from blockpruner.lending import at_hand
 from blockpruner.parts import Anatomy, Layer, Part, Stack
 from blockpruner.probing import (
     MISFIT,
@@ -34,6 +37,7 @@ from blockpruner.probing import (
     evaluating,
     example_inputs,
     find_stacks,
+    unrepaired,
 )
 from blockpruner.proof import prove_layer, proved
 
@@ -58,26 +62,35 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
 
 def _read(model: PreTrainedModel) -> Anatomy:
     inputs = example_inputs(model)
-    seen = find_stacks(model, inputs)
-    use = cache_use(model, _within(layer for layers in seen.values() for layer in layers), inputs)
-    stacks: list[Stack] = []
-    left: dict[str, UnsupportedModelError] = {}
-    for path, layers in seen.items():
-        name = _stack_name(path, list(seen)) if len(seen) > 1 or model.config.is_encoder_decoder else ""
-        try:
-            stacks.append(_stack(model, name, path, layers, use))
-        except UnsupportedModelError as error:
-            left[path] = error
-    if not stacks:
-        raise next(iter(left.values()))
-    for error in left.values():
-        _log.warning("left alone: %s", error.what)
+    with unrepaired(model) as filled:
+        seen = find_stacks(model, inputs)
+        use = cache_use(model, _within(layer for layers in seen.values() for layer in layers), inputs)
+        stacks, left = _stacks(model, seen, use, filled)
     layers = proved(model, [layer for stack in stacks for layer in stack.layers], inputs)
     flops = _compute(model, inputs)
     made = iter(_finished(layer, use, flops) for layer in layers)
     finished = tuple(replace(stack, layers=tuple(itertools.islice(made, len(stack.layers)))) for stack in stacks)
     reasons = {path: error.what for path, error in left.items()}
     return Anatomy(finished, sum(p.numel() for p in model.parameters()), reasons)
+
+
+def _stacks(
+    model: PreTrainedModel, seen: Mapping[str, list[SeenLayer]], use: CacheUse, filled: Iterable[str]
+) -> tuple[list[Stack], dict[str, UnsupportedModelError]]:
+    """The stacks, read layer by layer, and by path why others were not understood; filled: where replacements are."""
+    stacks: list[Stack] = []
+    left: dict[str, UnsupportedModelError] = {}
+    for path, layers in seen.items():
+        name = _stack_name(path, list(seen)) if len(seen) > 1 or model.config.is_encoder_decoder else ""
+        try:
+            stacks.append(_stack(model, name, path, layers, use, filled))
+        except UnsupportedModelError as error:
+            left[path] = error
+    if not stacks:
+        raise next(iter(left.values()))
+    for error in left.values():
+        _log.warning("left alone: %s", error.what)
+    return stacks, left
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:
@@ -101,15 +114,19 @@ def _within(layers: Iterable[SeenLayer]) -> dict[str, nn.Module]:
     return {path: module for layer in layers for path, module in layer.module.named_modules(prefix=layer.path)}
 
 
-def _stack(model: nn.Module, name: str, path: str, layers: list[SeenLayer], use: CacheUse) -> Stack:
+def _stack(
+    model: nn.Module, name: str, path: str, layers: list[SeenLayer], use: CacheUse, filled: Iterable[str]
+) -> Stack:
     known: dict[tuple[Any, ...], Dissection] = {}
     for layer in layers:
         if (structure := _structure(layer.module)) not in known:
-            known[structure] = dissect(layer, use)
+            with at_hand(layer.module):
+                known[structure] = dissect(layer, use)
     dissections = [known[_structure(layer.module)] for layer in layers]
     made = []
     for index, (layer, dissection) in enumerate(zip(layers, dissections, strict=True)):
-        identity = prove_layer(layer, dissection)
+        with at_hand(layer.module):
+            identity = prove_layer(layer, dissection)
         slots: dict[str, int] = {}
         parts = []
         for branch in dissection.branches:
@@ -122,7 +139,9 @@ def _stack(model: nn.Module, name: str, path: str, layers: list[SeenLayer], use:
         through = use.completed(layer.path, {"input": layer.hidden, "output": template(layer.call, "input")})
         idle = _below(layer.path, dissection.idle, use)
         rest = _count(model, [layer.path]) - sum(part.parameters for part in parts) if parts else 0
-        shell = identity and _count(model, idle) == rest
+        alone = _count(model, idle)
+        stays = any(f"{place}.".startswith(f"{layer.path}.") for place in filled)
+        shell, rest = stays or (identity and alone == rest), alone if stays else rest
         made.append(Layer(layer.path, layer.hidden, through, identity, shell, tuple(parts), idle, rest))
     same = len({_structure(layer.module) for layer in layers}) == 1
     return Stack(name, path, tuple(made), same and all(d.serial for d in dissections))

@@ -13,9 +13,12 @@ from blockpruner.calibration import TextOptions
 from blockpruner.checkpoint import Form, Saved
 from blockpruner.criterion import Criterion
 from blockpruner.evaluation.quality import Evaluation, evaluate_masks, load_text
+from blockpruner.hands import Crew
+from blockpruner.mending import mend
 from blockpruner.parts import Anatomy
 from blockpruner.plan import Plan
 from blockpruner.planning import find_plan, prepare
+from blockpruner.recovery import RecoveryRecord
 from blockpruner.scores import ScoreTable
 from blockpruner.scoring import compare
 from blockpruner.searching import Progress
@@ -42,6 +45,15 @@ class SearchOptions(TextOptions, total=False):
     seed: int
 
 
+class RecoverOptions(TextOptions, total=False):
+    """The options of `blockpruner recover`; see `mending.mend`."""
+
+    held_out: str | None
+    first: int | None
+    force: bool
+    seed: int
+
+
 def inspect(model: PreTrainedModel) -> Anatomy:
     """Find and prove the blocks of `model`; see `anatomy.read_anatomy`."""
     return read_anatomy(model)
@@ -55,14 +67,16 @@ def search(
     calibration: str,
     run: Path | str | None = None,
     progress: Progress | None = None,
+    crew: Crew | None = None,
     **options: Unpack[SearchOptions],
 ) -> Plan:
     """Find which blocks of `model` to remove: the plan that `blockpruner search` with these options writes.
 
     run: a folder for the journal and the plan, from which the same call resumes; None keeps nothing.
+    crew: workers that load `model` by its name, see `hands.Crew`; one that is in memory alone must be saved first.
     """
     task = prepare(_subject(model, tokenizer), target=target, calibration=calibration, **options)
-    return find_plan(task, None if run is None else Path(run), progress)
+    return find_plan(task, None if run is None else Path(run), progress, crew=crew)
 
 
 def score(
@@ -73,14 +87,16 @@ def score(
     calibration: str,
     run: Path | str | None = None,
     progress: Progress | None = None,
+    crew: Crew | None = None,
     **options: Unpack[ScoreOptions],
 ) -> ScoreTable:
     """How important each move is, higher = keep: the scores that `blockpruner score` with these options writes.
 
     criteria: names with their options, or objects of your own that keep the promise of `criterion.Criterion`.
+    crew: workers, as for `search`.
     """
     comparison = compare(_subject(model, tokenizer), criteria=criteria, calibration=calibration, **options)
-    return scoring.score(comparison, None if run is None else Path(run), progress)
+    return scoring.score(comparison, None if run is None else Path(run), progress, crew)
 
 
 def save(
@@ -97,6 +113,27 @@ def save(
     See `subject.save_subject`; saving stand-ins removes the blocks from `model` for good.
     """
     return save_subject(_subject(model, tokenizer), plan, Path(out), first=first, form=form)
+
+
+def recover(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    plan: Plan,
+    out: Path | str,
+    *,
+    method: str,
+    calibration: str,
+    progress: Progress | None = None,
+    **options: Unpack[RecoverOptions],
+) -> tuple[Saved, RecoveryRecord]:
+    """Like `save`, with something small where blocks were, as `method` makes it: what `blockpruner recover` writes.
+
+    CheckFailedError, and no folder, if held-out text is worse off with it, unless `force`.
+    """
+    mended = mend(
+        *(_subject(model, tokenizer), plan), method=method, calibration=calibration, progress=progress, **options
+    )
+    return mended.save(Path(out)), mended.record
 
 
 def evaluate(

@@ -145,7 +145,8 @@ def _of_layer(model: nn.Module, layer: Layer, everywhere: Mapping[int, int]) -> 
     found = {frozenset([part.block]): [] if part.kept else own[part.block] for part in layer.parts}
     if layer.shared:
         inside = {name for names in own.values() for name in names}
-        rest = [name for name in _names(model, [layer.path], everywhere) if name not in inside]
+        leaving = layer.idle if layer.shell else [layer.path]
+        rest = [name for name in _names(model, leaving, everywhere) if name not in inside]
         together = frozenset(own)
         found[together] = found.get(together, []) + rest
     return found

@@ -18,7 +18,6 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from blockpruner.errors import UnsupportedModelError, is_out_of_memory
 from blockpruner.probing import MISFIT, Key, accepts
-from blockpruner.standin import held_by, is_own_kind
 
 Kind = Literal["keys", "cross", "state"]
 
@@ -141,7 +140,7 @@ class _Recorder:
         given = (*args, *kwargs.values())
         self.of_encoder |= {id(c.cross_attention_cache) for c in given if isinstance(c, EncoderDecoderCache)}
         shapes = tuple(tuple(value.shape) for value in given if isinstance(value, Tensor))
-        own = tuple((value, held_by(value)) for value in given if is_own_kind(value))
+        own = tuple((value, _held_by(value)) for value in given if _is_own_kind(value))
         self.running.append(_Running(name, shapes, own))
 
     def leave(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -153,7 +152,7 @@ class _Recorder:
             if place and key is not None:
                 self.handed_on[module.name][place] = key
         for cache, before in module.own:
-            for (name, slot), mark in held_by(cache).items():
+            for (name, slot), mark in _held_by(cache).items():
                 if mark == before.get((name, slot)):
                     continue
                 held = [vars(cache)[name][slot]]
@@ -215,3 +214,18 @@ def _hands_on(item: Any, value: Any) -> bool:
     """Whether an output is this input, or the same set of states anew: without the module, they stay as they were."""
     containers = isinstance(item, (tuple, list)) and isinstance(value, (tuple, list))
     return item is value or (containers and _shapes(item) == _shapes(value) != [])
+
+
+def _is_own_kind(value: Any) -> bool:
+    """Whether this is a cache of a class of the model's own, as hybrid models of older transformers have."""
+    return hasattr(value, "get_seq_length") and not isinstance(value, (Cache, EncoderDecoderCache))
+
+
+def _held_by(cache: Any) -> dict[tuple[str, int], tuple[int, int] | None]:
+    """What each place of each list in such a cache holds, values apart: tensors by identity and number of changes."""
+    held: dict[tuple[str, int], tuple[int, int] | None] = {}
+    for name, places in vars(cache).items():
+        if isinstance(places, (list, dict)) and name != "value_cache":
+            for slot, tensor in enumerate(places) if isinstance(places, list) else places.items():
+                held[name, slot] = (id(tensor), tensor._version) if isinstance(tensor, Tensor) else None
+    return held

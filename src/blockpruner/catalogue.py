@@ -7,6 +7,7 @@ from blockpruner.criteria import CRITERIA
 from blockpruner.moves import GRANULARITIES, span
 from blockpruner.objectives import OBJECTIVES
 from blockpruner.recipe import Recipe, names
+from blockpruner.recoveries import RECOVERIES
 from blockpruner.searches import SEARCHES
 
 Rows = list[dict[str, str]]
@@ -24,6 +25,7 @@ def catalogue() -> dict[str, Rows]:
         "criteria": _rows(CRITERIA, ("title", "source", "needs", "passes", "moves")),
         "objectives": _rows(OBJECTIVES, ("title", "source", "unit", "reads")),
         "searches": _rows(SEARCHES, ("title", "source")),
+        "recoveries": _rows(RECOVERIES, ("title", "source", "needs", "passes")),
         "recipes": [{"name": name, "title": (one := Recipe.read(name)).title, "source": one.paper} for name in names()],
         "moves": [{"name": name, "meaning": _first_line(kind)} for name, kind in kinds.items()],
         "targets": [{"name": name, "meaning": meaning} for name, meaning in TARGETS.items()],

@@ -23,10 +23,11 @@ from blockpruner import reloading
 from blockpruner.artifacts import check_new_folder, new_folder
 from blockpruner.blocks import Block, Mask
 from blockpruner.errors import CheckFailedError, InputError
+from blockpruner.gaps import UNREPAIRED, Repair, repaired, reweighted
 from blockpruner.parts import Anatomy
 from blockpruner.probing import example_inputs
 from blockpruner.repack import Fit, repacked
-from blockpruner.standin import auto_classes, unpruned
+from blockpruner.standin import autos, unpruned
 from blockpruner.surgery import prune_, silenced
 
 Form = Literal["stock", "stand-ins", "zeroed"]
@@ -38,7 +39,8 @@ _log = logging.getLogger("blockpruner")
 class Saved:
     """What was written: the form, the parameters it has, its bytes of weights, and the largest difference of logits.
 
-    difference: max |logit(reloaded) - logit(dense model whose blocks add nothing)| on 2 x 16 random tokens.
+    difference: max |logit(reloaded) - logit(dense model whose blocks add nothing)| on 2 x 16 random tokens; with
+    replacements, of the model that has them in the blocks' place.
     """
 
     folder: Path
@@ -58,37 +60,41 @@ def save_pruned(
     form: Form | None = None,
     source: Path | None = None,
     extra_files: dict[str, bytes] | None = None,
+    repair: Repair = UNREPAIRED,
 ) -> Saved:
     """Write `model` without the blocks of `mask` to the new folder `out`, reloaded and compared.
 
     The model is only borrowed for the stock and zeroed forms; for stand-ins its blocks are removed for good.
     form: None takes stock where it fits, else stand-ins; source: the folder the model came from, never written into;
-    extra_files: name -> bytes, put beside the weights (the plan).
+    extra_files: name -> bytes, put beside the weights (the plan); repair: of a recovery; what it puts in the blocks'
+    places needs stand-ins, what it makes of other weights goes with every form.
     InputError when `out` exists or `form` does not fit; CheckFailedError, and no folder, when the reload disagrees.
     Cost: one forward pass of 2 x 16 tokens here, one load and the same pass in the fresh process.
     """
     check_new_folder(out, sources=(source,) if source else ())
     anatomy.outline.check(mask, "the plan")
     base = unpruned(type(model))
-    autos = auto_classes(base)
-    if not autos:
+    makers = _auto_classes(base)
+    if not makers:
         raise InputError(
             f"{base.__name__} belongs to no Auto class of transformers", fix="load it through an Auto class"
         )
     if base is not type(model) and form not in (None, "stand-ins"):
         raise InputError(f"the model was pruned before, so it has no {form} form", fix="prune the dense model instead")
+    if repair.replacements and form not in (None, "stand-ins"):
+        raise InputError(f"replacements of removed blocks have no {form} form", fix="leave out --form")
+    form = "stand-ins" if repair.replacements else form
     inputs = example_inputs(model, seed=1)
-    with silenced(model, anatomy, mask):
-        truth = _output(model, inputs)
+    truth = _truth(model, anatomy, mask, repair, inputs)
     for number, tried in enumerate(forms := _forms(model, anatomy, mask, form)):
         try:
-            with new_folder(out) as folder:
-                _write(model, anatomy, mask, folder, tried)
+            with new_folder(out) as folder, reweighted(model, repair.weights):
+                _write(model, anatomy, mask, folder, tried, repair)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
                 for name, data in (extra_files or {}).items():
                     (folder / name).write_bytes(data)
-                difference = _compare(folder, autos[0], inputs, truth, model, remote=tried == "stand-ins")
+                difference = _compare(folder, makers[0], inputs, truth, model, remote=tried == "stand-ins")
                 size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         except CheckFailedError as error:
             if number + 1 == len(forms):
@@ -96,9 +102,19 @@ def save_pruned(
             _log.warning("no %s form: %s", tried, error.what)
         else:
             kept = frozenset[Block]() if tried == "zeroed" else mask
-            parameters = anatomy.total_parameters - anatomy.outline.removed_parameters(kept)
+            parameters = anatomy.total_parameters - anatomy.outline.removed_parameters(kept) + repair.added_parameters
             return Saved(out, tried, parameters, size, difference)
     raise AssertionError("the last form returns or raises")
+
+
+def _auto_classes(model: type[PreTrainedModel]) -> list[str]:
+    """Names of the Auto classes that make `model`, a class of transformers, of its configuration."""
+    found = []
+    for auto in autos():
+        made = auto._model_mapping.get(model.config_class, ())
+        if model.__name__ in [c.__name__ for c in (made if isinstance(made, (list, tuple)) else (made,))]:
+            found.append(auto.__name__)
+    return found
 
 
 def _forms(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, form: Form | None) -> list[Form]:
@@ -126,9 +142,18 @@ def _forms(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, form: Form | No
     return [stock] if form == stock else [stock, stand_ins] if fit else [stand_ins]
 
 
-def _write(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, folder: Path, form: Form) -> None:
+def _truth(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, repair: Repair, inputs: dict[str, Tensor]) -> Tensor:
+    """What the checkpoint must compute, by another way than it does, unless something stands in the blocks' places."""
+    if repair.replacements:
+        with repaired(model, anatomy, mask, repair):
+            return _output(model, inputs)
+    with reweighted(model, repair.weights), silenced(model, anatomy, mask):
+        return _output(model, inputs)
+
+
+def _write(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, folder: Path, form: Form, repair: Repair) -> None:
     if form == "stand-ins":
-        prune_(model, mask, anatomy=anatomy)
+        prune_(model, mask, anatomy=anatomy, repair=repair)
         model.save_pretrained(folder)
         return
     with silenced(model, anatomy, mask) if form == "zeroed" else repacked(model, anatomy, mask):

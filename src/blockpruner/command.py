@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, ParamSpec
 
@@ -12,10 +13,12 @@ from blockpruner.errors import InputError
 from blockpruner.exits import errors_said
 
 if TYPE_CHECKING:
+    from blockpruner.hands import Crew
     from blockpruner.planning import Price, Task
     from blockpruner.subject import Subject
 
 P = ParamSpec("P")
+DEFAULT_MEMORY = "1GiB"  # of states, for --stream without --memory
 
 app = typer.Typer(
     name="blockpruner",
@@ -70,14 +73,50 @@ def token_count(text: str) -> int | None:
     return int(text)
 
 
-def opened(model: str, dtype: str, device: str, revision: str | None, remote: bool, pickle: bool) -> "Subject":
+def stream_memory(stream: bool, memory: str | None, workers: int = 0) -> int | None:
+    """How many bytes of states a streamed run holds in memory; None where nothing is streamed."""
+    if stream and workers:
+        raise InputError("workers hold the model in memory, so they do not stream it", fix="leave out one of the two")
+    if not stream:
+        if memory is not None:
+            raise InputError("--memory is for runs with --stream", fix="add --stream, or leave out --memory")
+        return None
+    found = re.fullmatch(r"(\d+)([KMGT]i?B)", memory or DEFAULT_MEMORY)
+    if found is None:
+        raise InputError(f"--memory {memory} is no size", fix="give one as in 512MiB or 2GB")
+    return int(found[1]) * (1024 if "i" in found[2] else 1000) ** ("KMGT".index(found[2][0]) + 1)
+
+
+def opened(
+    model: str, dtype: str, device: str, revision: str | None, remote: bool, pickle: bool, memory: int | None = None
+) -> "Subject":
+    """The model, proved; with `memory`, in bytes, one that is streamed."""
     from blockpruner.models import load
+    from blockpruner.streaming import load_streamed
     from blockpruner.subject import open_subject
 
     say(f"loading {model}")
+    if memory is not None:
+        if pickle:
+            raise InputError("--stream reads safetensors, no pickles", fix="leave out --allow-pickle, or --stream")
+        loaded = load_streamed(model, dtype=dtype, device=device, revision=revision, allow_remote_code=remote)
+        return open_subject(loaded, memory)
     return open_subject(
         load(model, dtype=dtype, device=device, revision=revision, allow_remote_code=remote, allow_pickle=pickle)
     )
+
+
+def crew_of(
+    workers: int, address: str | None, model: str, dtype: str, revision: str | None, remote: bool, pickle: bool
+) -> "Crew | None":
+    """The workers that were asked for; None for none."""
+    if not workers:
+        if address:
+            raise InputError("--ray says where workers are, and there are none", fix="add --workers 8")
+        return None
+    from blockpruner.hands import Crew
+
+    return Crew(workers, model, address, dtype, revision, remote, pickle)
 
 
 def print_json(value: object) -> None:

@@ -42,6 +42,7 @@ def run(
     journal: Journal | None = None,
     progress: Progress | None = None,
     budget: int | None = None,
+    looks: int | None = None,
     scorer: Callable[[Evaluations], Scorer] | None = None,
 ) -> SearchResult:
     """Run `search` until it ends, until `budget` evaluations are made, or until Ctrl-C.
@@ -50,12 +51,13 @@ def run(
     depends on: model, windows, micro-batch size, dtype, versions.
     progress: called with (done, total, message), in masks times micro-batches, before the first evaluation that the
     journal does not answer and after each one; the time since that first call tells the speed. total may be a bound.
+    looks: masks times micro-batches that it will take, for progress; if left out, what the price says at most.
     budget: masks to evaluate at most, the dense one included; an ask that would exceed it is not begun.
     scorer: makes what scores moves for searches that ask a criterion; it may evaluate masks, which count as well.
     CheckFailedError if the dense loss is not finite. Ctrl-C before the dense loss is known is passed on.
     """
-    total = price(search, problem) if budget is None else min(price(search, problem), budget)
-    sweeps = Evaluations(objective, journal, progress, total * objective.batches)
+    most = price(search, problem) if budget is None else min(price(search, problem), budget)
+    sweeps = Evaluations(objective, journal, progress, looks or most * objective.batches)
     dense = sweeps.losses((DENSE,), "dense model")[DENSE]
     if dense is None:
         raise CheckFailedError("the loss of the dense model is not a finite number", fix="load it with --dtype float32")
@@ -64,7 +66,7 @@ def run(
         stop = _follow(search, problem, sweeps, steps, budget, scorer(sweeps) if scorer else None)
     except KeyboardInterrupt:
         stop = Stop.INTERRUPTED
-    return SearchResult(tuple(steps), dense, stop, sweeps.evaluated(()), sweeps.work)
+    return SearchResult(tuple(steps), dense, stop, sweeps.evaluated(()), sweeps.looks, sweeps.work)
 
 
 def _follow(

@@ -80,6 +80,11 @@ class Evaluations:
         """How many masks were evaluated, in part or in whole, or would be with `more`."""
         return len(self._masks.union(more))
 
+    @property
+    def looks(self) -> int:
+        """How many masks were evaluated, each as often as on micro-batches."""
+        return len(self._counted)
+
     def _evaluate(self, masks: Sequence[Mask], batches: Sequence[int], message: str) -> None:
         """Have all of these remembered, and counted as asked for in this run."""
         fresh = {batch: [mask for mask in masks if (mask, batch) not in self._counted] for batch in batches}

@@ -207,7 +207,11 @@ def _gated_modules(anatomy: Anatomy, move: Move, mask: Mask) -> Mapping[str, Spe
     found: dict[str, Spec] = {}
     for layer in (layer for stack in anatomy.stacks for layer in stack.layers):
         here = [part for part in layer.parts if part.block in move.blocks]
-        if here and not layer.identity and all(part.block in mask | move.blocks for part in layer.parts):
+        if (
+            here
+            and not (layer.identity or layer.shell)
+            and all(part.block in mask | move.blocks for part in layer.parts)
+        ):
             found[layer.path] = layer.through
         else:
             found |= {path: spec for part in here for path, spec in part.modules.items()}

@@ -8,8 +8,9 @@ A greedy step over both blocks of L layers takes (L + 1) / (2L - 1) of the work 
 """
 
 import contextlib
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,15 @@ from transformers import PreTrainedModel
 
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask
+from blockpruner.lending import at_hand
 from blockpruner.parts import Anatomy, Layer, layer_stand_ins
 from blockpruner.probing import Call, accepts, first_tensor, replaced, stood_in
+from blockpruner.spilling import Spill
 from blockpruner.standin import StandIn, stand_in_for
 
 Inputs = Mapping[str, Tensor]
+Asked = Mapping[int, tuple[Sequence[Mask], Inputs]]
+Node = tuple[int, int, Mask]  # micro-batch, layers that are behind it, blocks it lacks so far
 
 
 @dataclass(frozen=True)
@@ -114,18 +119,32 @@ class MaskTree:
     @torch.no_grad()
     def final_states(self, masks: Sequence[Mask], inputs: Inputs) -> dict[Mask, Tensor]:
         """The residual stream after the last layer, per distinct mask; bit for bit the same whatever the others are."""
-        calls = self._record(inputs)
-        states = {frozenset[Any](): _stream(calls[0], self.layers[0])}
-        for layer, call, branchings in zip(self.layers, calls, sweep_plan(self.layers, masks), strict=True):
-            after: dict[Mask, Tensor] = {}
-            for position, branching in enumerate(branchings):
-                state = states[branching.parent]
-                last_use = position + 1 == len(branchings) or branchings[position + 1].parent != branching.parent
-                if last_use:
-                    del states[branching.parent]
-                after[branching.child] = self._step(layer, call, state, branching.removed)
-            states = after
-        return states
+        take = self.walk({0: (masks, inputs)}, Spill())
+        return {mask: take(0, mask) for mask in dict.fromkeys(masks)}
+
+    @torch.no_grad()
+    def walk(self, asked: Asked, states: Spill[Node]) -> Callable[[int, Mask], Tensor]:
+        """Lead micro-batches, by number, through the layers; gives what hands over each final state, once.
+
+        Each layer sees all prefixes of all micro-batches before the next one does, so that its weights are read once.
+        What it is to be called with is recorded again for each micro-batch then, not kept, when there are several.
+        """
+        plans = {tuple(masks): sweep_plan(self.layers, masks) for masks, _ in asked.values()}
+        calls: list[Call] = []
+        for number, layer in enumerate(self.layers):
+            with at_hand(self.model.get_submodule(layer.path)):
+                for batch, (masks, inputs) in asked.items():
+                    if number == 0 or len(asked) > 1:
+                        calls = self._record(inputs)
+                    if number == 0:
+                        states.put((batch, 0, frozenset()), _stream(calls[0], layer))
+                    branchings = plans[tuple(masks)][number]
+                    for parent, children in itertools.groupby(branchings, key=lambda branching: branching.parent):
+                        state = states.pop((batch, number, parent))
+                        for each in children:
+                            after = self._step(layer, calls[number], state, each.removed)
+                            states.put((batch, number + 1, each.child), after)
+        return lambda batch, mask: states.pop((batch, len(self.layers), mask))
 
     def _step(self, layer: Layer, call: Call, state: Tensor, removed: Mask) -> Tensor:
         if len(removed) == len(layer.parts):

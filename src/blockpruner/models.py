@@ -60,12 +60,12 @@ def load(
     device: as in torch, or auto: all GPUs if there are several and accelerate is installed, one GPU, mps, cpu.
     InputError: the name, the files or the weights; MachineError: network, memory, disk, or a missing package.
     """
-    place = _place(device)
-    kind = _dtype(dtype, place)
+    place = place_of(device)
+    kind = dtype_of(dtype, place)
     spread = device == "auto" and torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is not None
-    checkpoint = _checkpoint(name, revision, allow_remote_code, allow_pickle)
+    checkpoint = checkpoint_of(name, revision, allow_remote_code, allow_pickle)
     folder = checkpoint.folder
-    tokenizer = _tokenizer(folder, allow_remote_code)
+    tokenizer = tokenizer_of(folder, allow_remote_code)
     with quietly(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=allow_remote_code, local_files_only=True)
     options: dict[str, Any] = {"device_map": "auto"} if spread else {}
@@ -90,14 +90,14 @@ def load_tokenizer(
     name: str, *, revision: str | None = None, allow_remote_code: bool = False, allow_pickle: bool = False
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the model `name`, None where it has none; the model is fetched and checked, but not loaded."""
-    return _tokenizer(_checkpoint(name, revision, allow_remote_code, allow_pickle).folder, allow_remote_code)
+    return tokenizer_of(checkpoint_of(name, revision, allow_remote_code, allow_pickle).folder, allow_remote_code)
 
 
 def resolve(
     name: str, *, revision: str | None = None, allow_remote_code: bool = False, allow_pickle: bool = False
 ) -> Path:
     """The folder with the checked checkpoint of the model `name`, fetched or unpacked if need be."""
-    return _checkpoint(name, revision, allow_remote_code, allow_pickle).folder
+    return checkpoint_of(name, revision, allow_remote_code, allow_pickle).folder
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -138,7 +138,7 @@ def computation(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _checkpoint(name: str, revision: str | None, allow_remote_code: bool, allow_pickle: bool) -> Checkpoint:
+def checkpoint_of(name: str, revision: str | None, allow_remote_code: bool, allow_pickle: bool) -> Checkpoint:
     """Find the folder that `name` means and send it through the gate."""
     path = Path(name).expanduser()
     is_hub_name = False
@@ -185,14 +185,14 @@ def _from_hub(name: str, revision: str | None, allow_remote_code: bool, allow_pi
     return folder
 
 
-def _tokenizer(folder: Path, allow_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(folder: Path, allow_remote_code: bool) -> PreTrainedTokenizerBase | None:
     if not any(chain.from_iterable(folder.glob(pattern) for pattern in TOKENIZER_FILES)):
         return None
     with quietly(folder):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=allow_remote_code, local_files_only=True)
 
 
-def _place(device: str) -> torch.device:
+def place_of(device: str) -> torch.device:
     """The device that `device` names; InputError for no device at all, MachineError for one that is not there."""
     if device == "auto":
         for kind in ("cuda", "mps"):
@@ -212,7 +212,7 @@ def _place(device: str) -> torch.device:
     return place
 
 
-def _dtype(dtype: str, place: torch.device) -> torch.dtype | Literal["auto"]:
+def dtype_of(dtype: str, place: torch.device) -> torch.dtype | Literal["auto"]:
     """What transformers calls the dtype that `dtype` names; its own `auto` is our `stored`.
 
     For our auto, bfloat16 if the hardware at `place` computes in it natively.

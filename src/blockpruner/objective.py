@@ -14,7 +14,7 @@ from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError, is_out_of_memory
 from blockpruner.examples import IGNORED, Examples
-from blockpruner.masktree import Inputs, MaskTree, output_of, sweep_work
+from blockpruner.masktree import Inputs, MaskTree, Node, output_of, sweep_work
 from blockpruner.measuring import Measure
 from blockpruner.objectives.loss import Loss
 from blockpruner.parts import Anatomy, Stack
@@ -150,17 +150,18 @@ class ModelObjective(BatchByBatch):
         compares = self.measure.compares
         first = [DENSE] if compares else []
         wanted = {batch: ([*first, *masks], parts[batch].inputs) for batch, masks in asked.items()}
-        take = self._tree.walk(wanted, Spill(self.memory))
         step = HEADS if compares else 1
-        for batch, masks in asked.items():
-            whole = take(batch, DENSE) if compares else None
-            for start in range(0, len(masks), step):
-                group = {
-                    mask: take(batch, mask) if whole is None or mask != DENSE else whole
-                    for mask in masks[start : start + step]
-                }
-                for mask, rows in zip(group, self._sums(group, whole, parts[batch]), strict=True):
-                    yield batch, mask, rows
+        with Spill[Node](self.memory) as states:
+            take = self._tree.walk(wanted, states)
+            for batch, masks in asked.items():
+                whole = take(batch, DENSE) if compares else None
+                for start in range(0, len(masks), step):
+                    group = {
+                        mask: take(batch, mask) if whole is None or mask != DENSE else whole
+                        for mask in masks[start : start + step]
+                    }
+                    for mask, rows in zip(group, self._sums(group, whole, parts[batch]), strict=True):
+                        yield batch, mask, rows
 
     @torch.no_grad()
     def _sums(self, states: dict[Mask, Tensor], whole: Tensor | None, part: Examples) -> list[tuple[Tensor, list[int]]]:
@@ -260,7 +261,8 @@ class _Sums:
             return
         targets = self._targets[:, positions]
         asked = targets != IGNORED
-        values = self._measure.each(found[asked], None if whole is None else whole[asked], targets[asked])
+        beside = None if whole is None else _marked(whole, asked)
+        values = self._measure.each(_marked(found, asked), beside, _marked(targets, asked))
         row, place = (index.cpu() for index in asked.nonzero(as_tuple=True))
         segments = positions.cpu()[place] // self._segment
         self._sums.index_put_((row, segments), values.cpu().double(), accumulate=True)
@@ -273,6 +275,11 @@ class _Sums:
         segments = self._sums.shape[1]
         counts = (self._targets != IGNORED).sum(dim=1).repeat_interleave(segments)
         return self._sums * segments, counts.tolist()
+
+
+def _marked(values: Tensor, asked: Tensor) -> Tensor:
+    """The rows [n, ...] of `values` at the places in `asked`; all of them without a copy, for logits are large."""
+    return values.flatten(0, 1) if bool(asked.all()) else values[asked]
 
 
 def context(model: PreTrainedModel) -> int | None:

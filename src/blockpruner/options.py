@@ -14,10 +14,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, or stored: as in the checkpoint.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 RemoteCode = Annotated[bool, typer.Option("--allow-remote-code", help="Run code that lies in the checkpoint.")]
+Stream = Annotated[bool, typer.Option("--stream", help="Leave the layers' weights in their files: larger than memory.")]
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="States in memory with --stream: 512MiB, 2GiB; rest on disk.")
+]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights from pickles, which can run code.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Source = "Hub data set, .txt/.jsonl/.parquet file, alpaca, wikitext2 or builtin; part of one: FILE.jsonl[0:200]."
 Objective = Annotated[str, typer.Option(help="loss, kl, js, logits, embedding or accuracy; `list` says more.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that share the losses, each with the model; 0: none.")]
+Cluster = Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="Where workers are: host:port, or auto.")]
 Protect = Annotated[str, typer.Option(help="Layers never touched: 0,1,-1; plus: the first 4 and the last 2.")]
 Tokens = Annotated[str, typer.Option(metavar="N", help="Tokens of text to use, or all.")]
 Window = Annotated[

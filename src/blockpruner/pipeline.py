@@ -2,20 +2,21 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 from blockpruner import driver
-from blockpruner.artifacts import Artifact, Estimate, Record, Work
+from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask, format_mask
-from blockpruner.calibration import CalibrationRecord
 from blockpruner.checkpoint import Saved
 from blockpruner.data import Data, read_data
 from blockpruner.evaluations import Evaluations
+from blockpruner.hands import Crew
 from blockpruner.objectives import OBJECTIVES
-from blockpruner.plan import ModelIdentity, Plan
-from blockpruner.planning import Rehearsal, Task, find_plan, prepare
+from blockpruner.outcome import Contestant, Outcome
+from blockpruner.plan import Plan
+from blockpruner.planning import Task, find_plan, prepare
 from blockpruner.recipe import Recipe
 from blockpruner.registry import format_method
+from blockpruner.rehearsal import Rehearsal
 from blockpruner.searches.random import Random
 from blockpruner.searching import DENSE, Progress
 from blockpruner.subject import Subject, save_subject
@@ -23,41 +24,22 @@ from blockpruner.subject import Subject, save_subject
 RANDOMS = 5
 
 
-class Contestant(Record):
-    """A model without some blocks. removed: as text; parameters: what is left; loss: on text that nobody looked at,
-    None where it is not finite."""
-
-    removed: str
-    parameters: int
-    loss: Estimate | None
-
-
-class Outcome(Artifact):
-    """What a recipe made of a model, beside the dense model and as much removed at random.
-
-    recipe: with all its settings; work: of the search, counted; data: of the losses, in the unit of `objective`.
-    """
-
-    FORMAT: ClassVar[str] = "blockpruner.outcome"
-    VERSION: ClassVar[int] = 1
-
-    recipe: Recipe
-    model: ModelIdentity
-    objective: str
-    data: CalibrationRecord
-    work: Work
-    contestants: dict[str, Contestant]
-
-
 def run(
-    recipe: Recipe, subject: Subject, folder: Path, *, save: bool = True, progress: Progress | None = None
+    recipe: Recipe,
+    subject: Subject,
+    folder: Path,
+    *,
+    save: bool = True,
+    progress: Progress | None = None,
+    crew: Crew | None = None,
 ) -> tuple[Outcome, Plan, Saved | None]:
     """Search, save the smaller model, measure it; all that is needed to do it again is left in the run folder.
 
     recipe.json, journal.jsonl, plan.json, model/ and outcome.json; killed, the same call goes on.
+    crew: workers for the search.
     """
     task = prepared(recipe, subject)
-    plan = find_plan(task, folder, progress)
+    plan = find_plan(task, folder, progress, crew=crew)
     recipe.save(folder / "recipe.json")
     masks = {"dense": DENSE, "pruned": plan.mask(), **at_random(task)}
     held_out = read_data(

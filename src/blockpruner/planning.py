@@ -21,13 +21,14 @@ from blockpruner.objective import ModelObjective
 from blockpruner.objectives import OBJECTIVES, parse_objective
 from blockpruner.plan import Plan
 from blockpruner.registry import format_method
+from blockpruner.rehearsal import Rehearsal
 from blockpruner.searches import SEARCHES, parse_search
-from blockpruner.searching import DENSE, BatchByBatch, Problem, Progress, Scorer, Scores, Search, Values
+from blockpruner.searching import DENSE, Problem, Progress, Scorer, Scores, Search, SearchResult
 from blockpruner.subject import Subject
 from blockpruner.workers import spread
 
-# What searches see of the data at once, and how fine: a race begins with one such micro-batch, of 8 values.
-BATCH_TOKENS, SEGMENT = 1024, 128
+# What searches see of the data at once, and how fine: a race begins with two such micro-batches, of 4 values each.
+BATCH_TOKENS, SEGMENT = 512, 128
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Price:
     """What a search will cost. evaluations: masks; work: counted tokens, of those; passes: forward passes over all data
     that its criterion takes beside them; seconds: from one timed pass here.
 
-    All are those of a rehearsal in which the first candidate always wins; the true counts differ a little.
+    All are those of a rehearsal; the true counts differ a little, those of races by some more.
     """
 
     evaluations: int
@@ -101,26 +102,16 @@ class Price:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Rehearsal(BatchByBatch):
-    """An objective that costs nothing, finds all masks equal, and counts what they would have cost."""
-
-    objective: ModelObjective
-    unit: str = "nothing"
-
-    @property
-    def batches(self) -> int:
-        return self.objective.batches
-
-    def batch_losses(self, masks: Sequence[Mask], batch: int) -> list[Values]:
-        return [(0.0,)] * len(masks)
-
-    def work(self, masks: Sequence[Mask], batch: int) -> Work:
-        return self.objective.work(masks, batch)
-
-
 def quote(task: Task) -> Price:
     """The price of a search, said before it starts. Cost: one timed pass over one micro-batch."""
+    result, passes = _rehearsed(task)
+    once = sum((task.objective.work([DENSE], batch) for batch in range(task.objective.batches)), Work())
+    seconds = task.objective.seconds(result.work) + passes * task.objective.seconds(once)
+    return Price(result.evaluations, result.work, passes, seconds)
+
+
+def _rehearsed(task: Task) -> tuple[SearchResult, float]:
+    """The search on an objective that costs nothing, and the passes that its criterion would take."""
     passes: list[float] = []
 
     def scorer(evaluations: Evaluations) -> Scorer:
@@ -131,10 +122,7 @@ def quote(task: Task) -> Price:
 
         return free
 
-    result = driver.run(task.search, task.problem, Rehearsal(task.objective), scorer=scorer)
-    once = sum((task.objective.work([DENSE], batch) for batch in range(task.objective.batches)), Work())
-    seconds = task.objective.seconds(result.work) + sum(passes) * task.objective.seconds(once)
-    return Price(result.evaluations, result.work, sum(passes), seconds)
+    return driver.run(task.search, task.problem, Rehearsal(task.objective), scorer=scorer), sum(passes)
 
 
 def find_plan(
@@ -162,6 +150,7 @@ def find_plan(
             journal=journal,
             progress=progress,
             budget=budget,
+            looks=_rehearsed(task)[0].looks if progress else None,
             scorer=task.scorer(Notes(journal), progress),
         )
         plan = Plan.from_search(

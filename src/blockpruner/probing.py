@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.errors import UnsupportedModelError, is_out_of_memory
-from blockpruner.standin import muffle, replace_module, stand_in_for
+from blockpruner.standin import StandIn, muffle, replace_module, stand_in_for
 
 Key = int | str
 # What a model's own code raises when it is given something that it cannot work with.
@@ -123,6 +123,24 @@ def stood_in(root: nn.Module, specs: Mapping[str, dict[str, Any]]) -> Iterator[N
         for path in specs.keys() - gone.keys():
             hooks.callback(muffle(root.get_submodule(path), specs[path]).remove)
         yield
+
+
+@contextlib.contextmanager
+def unrepaired(root: nn.Module) -> Iterator[frozenset[str]]:
+    """While the block runs, stand-ins below `root` add nothing and own nothing; gives the paths where one else does.
+
+    They are known by the name of their class, since a checkpoint may bring its own copy of it.
+    """
+    stand_ins: dict[str, Any] = {p: m for p, m in root.named_modules() if type(m).__name__ == StandIn.__name__}
+    held = {path: module for path, module in stand_ins.items() if module.replacement is not None}
+    kept = {path: module.replacement for path, module in held.items()}
+    try:
+        for module in held.values():
+            module.replacement = None
+        yield frozenset(held)
+    finally:
+        for path, module in held.items():
+            module.replacement = kept[path]
 
 
 @contextlib.contextmanager

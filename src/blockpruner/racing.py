@@ -2,14 +2,14 @@
 
 What is to be found out is the mean over the pieces of fixed windows, a finite population: a mask that was evaluated on
 all pieces is known exactly. All candidates are evaluated on the same few pieces first. Whatever is then shown to be
-worse than the leader leaves the race, the rest is evaluated on as many pieces again, and so on.
+worse than the leader leaves the race, the rest is evaluated on more, and so on.
 """
 
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import correlation, covariance, fmean, variance
+from statistics import covariance, fmean
 from typing import Any
 
 from blockpruner.artifacts import Estimate
@@ -18,6 +18,7 @@ from blockpruner.permutations import shuffled
 from blockpruner.searching import Pieces, Problem, Values
 
 FEWEST = 8  # pieces that are seen before anything leaves
+GROWTH = 1.5  # of what is seen from one look to the next
 
 
 @dataclass(frozen=True)
@@ -40,37 +41,55 @@ class Difference:
         return float(stdtrit(self.freedom, 1 - alpha)) * self.stderr
 
 
-def difference(
-    one: Values, other: Values, total: int, before: Sequence[tuple[Values, Values]] = (), alpha: float = 0.05
-) -> Difference:
-    """The mean of `one` less that of `other` over all `total` pieces, from the first of them that both were seen on.
+def difference(steps: Sequence[tuple[Values, Values]], total: int, alpha: float = 0.05) -> Difference:
+    """The mean of the first of two less that of the second over all `total` pieces, from what both were seen on.
 
-    The pieces are drawn without replacement, so the variance has the factor 1 - n / total. before: what the same two
-    were at earlier steps, on more pieces: if d is the difference now, on n pieces, and e an earlier one, on m > n,
-    then mean_n(d) + b (mean_m(e) - mean_n(e)) with the least squares slope b has the variance
-    var(d) (1/m - 1/total) + var(d - b e) (1/n - 1/m), as in two-phase sampling. Of all these the one with the least
-    margin at `alpha` is taken.
+    steps: their values now, and at each earlier step, the last one first; all in the same order of the pieces, which is
+    random. Pieces are drawn without replacement, so that the mean of n has the variance s^2 (1/n - 1/total).
+
+    What a move does now is much like what it did a step before. If d is the difference now and e the one before, both
+    seen on n pieces, and E the estimate of the mean of e, then mean(d - b e) + b E with the least squares slope b has
+    the variance var(d - b e) (1/n - 1/total) + b^2 var(E): only the change has to be estimated (multi-phase sampling
+    with a regression estimator). E may rest on a step before in the same way. Whichever has the less margin at
+    `alpha` is taken: this, or what is seen now.
     """
-    size = min(len(one), len(other))
-    now = [a - b for a, b in zip(one[:size], other[:size], strict=True)]
-    spread = variance(now) if size > 1 else 0.0
-    found = [_seen(fmean(now), spread / size * (1 - size / total), size - 1)]
-    for first, second in before:
-        more = min(len(first), len(second))
-        if more <= size or size < 4:
-            continue
-        then = [a - b for a, b in zip(first[:more], second[:more], strict=True)]
-        if variance(then[:size]) == 0:
-            continue
-        slope = covariance(then[:size], now) / variance(then[:size])
-        left = spread * (1 - correlation(then[:size], now) ** 2) * (size - 1) / (size - 2) if spread else 0.0
-        value = fmean(now) + slope * (fmean(then) - fmean(then[:size]))
-        found.append(_seen(value, spread * (1 / more - 1 / total) + left * (1 / size - 1 / more), size - 2))
-    return min(found, key=lambda each: each.margin(alpha))
+    found: Difference | None = None
+    then: list[float] = []
+    for one, other in reversed(steps):
+        now = [a - b for a, b in zip(one, other, strict=False)]
+        ways = [_mean(now, total)]
+        if found is not None and min(len(now), len(then)) >= FEWEST // 2:
+            ways.append(_through(now, then, found, total))
+        found, then = min(ways, key=lambda way: way.margin(alpha)), now
+    assert found is not None
+    return found
 
 
-def _seen(value: float, squared: float, freedom: float) -> Difference:
-    return Difference(value, math.sqrt(max(0.0, squared)), freedom if squared > 0 else math.inf)
+def _mean(values: Sequence[float], total: int) -> Difference:
+    size = len(values)
+    return _estimated(fmean(values), _squares(values) / max(1, size - 1) * (1 / size - 1 / total), size - 1)
+
+
+def _through(now: Sequence[float], then: Sequence[float], before: Difference, total: int) -> Difference:
+    """The mean of `now` by way of what is known of the mean of `then`."""
+    size = min(len(now), len(then))
+    now, then = now[:size], then[:size]
+    squares = _squares(then)
+    slope = (size - 1) * covariance(then, now) / squares if squares else 0.0
+    left = max(0.0, _squares(now) - slope**2 * squares) / (size - 2)
+    variance = left * (1 / size - 1 / total) + (slope * before.stderr) ** 2
+    value = fmean(now) + slope * (before.value - fmean(then))
+    return _estimated(value, variance, min(size - 2, before.freedom))
+
+
+def _squares(values: Sequence[float]) -> float:
+    """The sum of the squared distances from their mean."""
+    mean = fmean(values)
+    return math.fsum((value - mean) ** 2 for value in values)
+
+
+def _estimated(value: float, variance: float, freedom: float) -> Difference:
+    return Difference(value, math.sqrt(max(0.0, variance)), freedom if variance > 0 else math.inf)
 
 
 @dataclass(frozen=True)
@@ -110,7 +129,7 @@ class Race:
         """Yield `Pieces`, to be sent values, and return what came of it.
 
         before: what the same moves led to at earlier steps, the last step first, by the masks of now.
-        Cost: all masks on FEWEST pieces or a few more, and ever fewer masks on twice as many each time.
+        Cost: all masks on FEWEST pieces or a few more, and ever fewer masks on half as many again each time.
         """
         order = shuffled(problem.batches, self.seed, "race")
         stops, total = _rounds([problem.sizes[batch] for batch in order]), sum(problem.sizes)
@@ -136,21 +155,21 @@ class Race:
 
 
 def _rounds(sizes: Sequence[int]) -> list[int]:
-    """After which micro-batches to look: once FEWEST pieces are seen, whenever it is twice as many, and at the end."""
+    """After which micro-batches to look: once FEWEST pieces are seen, whenever it is GROWTH as many, and at the end."""
     stops, seen, goal = list[int](), 0, FEWEST
     for count, size in enumerate(sizes, 1):
         seen += size
         if seen >= goal or count == len(sizes):
             stops.append(count)
-            goal = 2 * seen
+            goal = GROWTH * seen
     return stops
 
 
 def _apart(
     mask: Mask, last: Mask, held: Mapping[Mask, Values], total: int, before: Earlier, alpha: float = 0.05
 ) -> Difference:
-    pairs = [(step[mask], step[last]) for step in before if mask in step and last in step]
-    return difference(held[mask], held[last], total, pairs, alpha)
+    steps = [held, *before]
+    return difference([(step[mask], step[last]) for step in steps if mask in step and last in step], total, alpha)
 
 
 def _estimate(

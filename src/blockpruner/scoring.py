@@ -16,14 +16,16 @@ from blockpruner.criterion import Criterion, Lab
 from blockpruner.data import Data, identity, read_data
 from blockpruner.errors import InputError
 from blockpruner.evaluations import Evaluations, Notes
+from blockpruner.hands import Crew
 from blockpruner.journal import Journal
 from blockpruner.moves import format_protected, offered, parse_protected
 from blockpruner.objective import ModelObjective
 from blockpruner.objectives import OBJECTIVES, parse_objective
 from blockpruner.registry import format_method
 from blockpruner.scores import CriterionScores, ScoreTable
-from blockpruner.searching import DENSE, Progress
+from blockpruner.searching import DENSE, Objective, Progress
 from blockpruner.subject import Subject
+from blockpruner.workers import spread
 
 _log = logging.getLogger("blockpruner")
 
@@ -45,6 +47,8 @@ class Comparison:
     def passes(self) -> dict[str, float]:
         """About how many forward passes over all the data each criterion takes; a backward pass counts as two."""
         lab = self.lab()
+        for criterion in self.criteria:
+            self.subject.check_criterion(criterion)
         return {format_method(c, CRITERIA): c.cost(lab, self.moves) for c in self.criteria}
 
     def fitting(self) -> Self:
@@ -52,6 +56,7 @@ class Comparison:
         kept = []
         for criterion in self.criteria:
             try:
+                self.subject.check_criterion(criterion)
                 criterion.cost(self.lab(), self.moves)
                 kept.append(criterion)
             except InputError as error:
@@ -63,14 +68,20 @@ class Comparison:
         work = (self.objective.work([self.removed], batch) for batch in range(self.objective.batches))
         return sum(map(self.objective.seconds, work))
 
-    def lab(self, journal: Journal | None = None, progress: Progress | None = None, passes: float = 0.0) -> Lab:
-        """What a criterion looks at; passes: about how many evaluations of masks it will ask for."""
+    def lab(
+        self,
+        journal: Journal | None = None,
+        progress: Progress | None = None,
+        passes: float = 0.0,
+        objective: Objective | None = None,
+    ) -> Lab:
+        """What a criterion looks at; passes: about how many evaluations of masks it will ask for, of `objective`."""
         total = round(passes * self.objective.batches)
         return Lab(
             self.subject.model,
             self.subject.anatomy,
             self.data.examples,
-            Evaluations(self.objective, journal, progress, total),
+            Evaluations(objective or self.objective, journal, progress, total),
             Notes(journal),
             self.removed,
             progress,
@@ -112,17 +123,21 @@ def compare(
     return comparison.fitting() if whatever_fits else comparison
 
 
-def score(comparison: Comparison, run: Path | None = None, progress: Progress | None = None) -> ScoreTable:
+def score(
+    comparison: Comparison, run: Path | None = None, progress: Progress | None = None, crew: Crew | None = None
+) -> ScoreTable:
     """Score every move by every criterion, and leave scores.json in the run folder.
 
     Each criterion has a journal of its own there; killed, the same call goes on and ends in the same bytes.
+    crew: workers for the criteria that ask for losses of masks; the scores are the same.
     """
     subject = comparison.subject
     comparison.passes()  # what does not fit is said before anything is spent
     with ExitStack() as held:
         sources = [subject.folder] if subject.folder else []
         folder = held.enter_context(run_folder(run, sources=sources)) if run else None
-        found = [_scored(comparison, criterion, folder, progress) for criterion in comparison.criteria]
+        objective = held.enter_context(spread(comparison.objective, crew))
+        found = [_scored(comparison, criterion, objective, folder, progress) for criterion in comparison.criteria]
         table = ScoreTable.made(
             model=subject.identity,
             calibration=comparison.data.record.model_dump(mode="json"),
@@ -141,7 +156,7 @@ def score(comparison: Comparison, run: Path | None = None, progress: Progress | 
 
 
 def _scored(
-    comparison: Comparison, criterion: Criterion, folder: Path | None, progress: Progress | None
+    comparison: Comparison, criterion: Criterion, objective: Objective, folder: Path | None, progress: Progress | None
 ) -> CriterionScores:
     name = format_method(criterion, CRITERIA)
     with ExitStack() as held:
@@ -150,7 +165,7 @@ def _scored(
             path = folder / f"scores-{name.partition(':')[0]}-{zlib.crc32(name.encode()):08x}.jsonl"
             journal = held.enter_context(Journal.open(path, _identity(comparison, name)))
         cost = criterion.cost(comparison.lab(), comparison.moves)
-        lab = comparison.lab(journal, progress, cost)
+        lab = comparison.lab(journal, progress, cost, objective)
         return CriterionScores.of(name, criterion.scores(lab, comparison.moves))
 
 

@@ -207,14 +207,16 @@ class Step:
 class SearchResult:
     """What a search found, with its evidence.
 
-    dense: the loss with nothing removed; evaluations: distinct masks evaluated, the dense one included;
-    work: of those evaluations, those that a journal answered included, so that a resumed run says the same.
+    dense: the loss with nothing removed; evaluations: distinct masks evaluated, the dense one included; looks: the same
+    times the micro-batches that each was evaluated on; work: of those evaluations. All include what a journal answered,
+    so that a resumed run says the same.
     """
 
     steps: tuple[Step, ...]
     dense: Estimate
     stop_reason: Stop
     evaluations: int
+    looks: int
     work: Work
 
 

@@ -1,7 +1,9 @@
 """What takes a removed block's place; self-contained: this file ships beside the weights of pruned checkpoints.
 
-A stand-in owns no parameters. It returns what the removed module would have returned had its weights been zero:
-zeros, or one of its own inputs where the module added the residual itself. It also keeps the key/value cache
+A stand-in returns what the removed module would have returned had its weights been zero: zeros, or one of its own
+inputs where the module added the residual itself. It owns no parameters, unless a recovery gave it a *replacement*:
+a vector, or a linear map of what reaches its place, which it adds where the block's update was. It also keeps the
+key/value cache
 honest: transformers reads lengths and mask sizes from one representative cache slot, so a slot that is never
 written makes positions restart at 0, silently. A stand-in writes ones of one head and one dimension there
 for the tokens it has seen (two numbers per token), or ones of the slot's own shape where it has one already.
@@ -23,15 +25,64 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.models.auto import configuration_auto, modeling_auto
 
 MODEL_TYPE = "blockpruner"
 FORMAT_VERSION = 1
+REPLACING_VERSION = 2  # of checkpoints with replacements, which what reads only the first would leave out
+NORMS = ("none", "rms", "layer")
 _PREFIX = "Blockpruner"  # of the names of pruned classes
 # Stands in config.json as the number of a label: it is none, so that a stock class which is given such a folder
 # directly stops with this text. Else it would fill the missing tensors with random numbers, and only warn.
 _REFUSAL = "blocks are missing here: use an Auto class, with `import blockpruner` before it or trust_remote_code=True"
+
+
+class Replacement(nn.Module):
+    """Something small in place of a removed block, token by token: [..., inputs] -> [..., outputs].
+
+    kind "bias": b for every token; "linear": x A + b at full rank (rank 0), (x U) V + b at a lower one. norm: what x
+    goes through first: "none", "rms" (divided by its root mean square) or "layer" (its mean taken off before that),
+    eps as in the model's own norms; a gain behind it would be part of the map. `spec` is plain JSON; all parameters
+    start at zero.
+    """
+
+    def __init__(
+        self, kind: str, inputs: int, outputs: int, rank: int = 0, norm: str = "none", eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        if kind not in ("bias", "linear") or norm not in NORMS or min(inputs, outputs, rank) < 0:
+            raise ValueError(f"no replacement is {kind!r} from {inputs} to {outputs} at rank {rank} behind {norm!r}")
+        self.kind, self.inputs, self.outputs, self.rank = kind, inputs, outputs, rank
+        self.norm, self.eps = norm, eps
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        if kind == "linear" and rank:
+            self.down = nn.Parameter(torch.zeros(inputs, rank))
+            self.up = nn.Parameter(torch.zeros(rank, outputs))
+        elif kind == "linear":
+            self.weight = nn.Parameter(torch.zeros(inputs, outputs))
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("kind", "inputs", "outputs", "rank", "norm", "eps")}
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.kind == "bias":
+            # A copy, since some layers add to what they are given in place.
+            return self.bias.to(hidden.dtype).expand(*hidden.shape[:-1], self.outputs).clone()
+        given = normed(hidden, self.norm, self.eps).to(self.bias.dtype)
+        mapped = given @ self.down @ self.up if self.rank else given @ self.weight
+        return (mapped + self.bias).to(hidden.dtype)
+
+
+def normed(hidden: Tensor, norm: str, eps: float) -> Tensor:
+    """`hidden` [..., width] at root mean square one, in float32 at least; as it is where `norm` is "none"."""
+    if norm == "none":
+        return hidden
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    if norm == "layer":
+        wide = wide - wide.mean(-1, keepdim=True)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
 class StandIn(nn.Module):
@@ -43,12 +94,14 @@ class StandIn(nn.Module):
     spec["width"]: last dimension of the zeros; spec["flat"]: they are a list of the tokens of all sequences;
     spec["cache"]: the cache slots that the module wrote keys and values to, None where that could not be seen;
     spec["states"]: pairs of a slot and the number of a state in it that it wrote;
-    spec["token_axis"]: dimension of the input that counts tokens, if not 1.
+    spec["token_axis"]: dimension of the input that counts tokens, if not 1;
+    spec["replacement"]: the `Replacement` of that input that is added, by its own spec.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
         self.spec = spec
+        self.replacement: nn.Module | None = Replacement(**spec["replacement"]) if "replacement" in spec else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         key = self.spec["input"]
@@ -59,9 +112,10 @@ class StandIn(nn.Module):
     def _fill(self, template: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if template == "zeros":
             shape = (hidden.shape[:-1].numel(),) if self.spec.get("flat") else hidden.shape[:-1]
-            return hidden.new_zeros((*shape, self.spec.get("width") or hidden.shape[-1]))
+            shape = (*shape, self.spec.get("width") or hidden.shape[-1])
+            return hidden.new_zeros(shape) if self.replacement is None else self.replacement(hidden).reshape(shape)
         if template == "input":
-            return hidden
+            return hidden if self.replacement is None else hidden + self.replacement(hidden)
         if template is None:
             return None
         ((container, items),) = template.items()
@@ -141,21 +195,6 @@ def _write_state(cache: Any, index: int, state: int, hidden: Tensor) -> None:
     cache.update_conv_state(ghost.expand(-1, 1 if held is None else held.shape[1], tokens), index, state_idx=state)
 
 
-def is_own_kind(value: Any) -> bool:
-    """Whether this is a cache of a class of the model's own, as hybrid models of older transformers have."""
-    return hasattr(value, "get_seq_length") and not isinstance(value, (Cache, EncoderDecoderCache))
-
-
-def held_by(cache: Any) -> dict[tuple[str, int], tuple[int, int] | None]:
-    """What each place of each list in such a cache holds, values apart: tensors by identity and number of changes."""
-    held: dict[tuple[str, int], tuple[int, int] | None] = {}
-    for name, places in vars(cache).items():
-        if isinstance(places, (list, dict)) and name != "value_cache":
-            for slot, tensor in enumerate(places) if isinstance(places, list) else places.items():
-                held[name, slot] = (id(tensor), tensor._version) if isinstance(tensor, Tensor) else None
-    return held
-
-
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     """Put `module` at `path` below `root`; returns what was there."""
     parent_path, _, name = path.rpartition(".")
@@ -216,11 +255,13 @@ def adopt(model: PreTrainedModel, removed: list[str], modules: dict[str, dict[st
     still = {
         path: spec for path, spec in earlier["modules"].items() if not any(path.startswith(f"{p}.") for p in modules)
     }
+    together = {**still, **modules}
+    replacing = any("replacement" in spec for spec in together.values())
     record = {
-        "format_version": FORMAT_VERSION,
+        "format_version": REPLACING_VERSION if replacing else FORMAT_VERSION,
         "base_model_type": base_config.model_type,
         "removed": [*earlier["removed"], *removed],
-        "modules": {**still, **modules},
+        "modules": together,
     }
     config.__class__ = pruned_config_class(base_config)
     setattr(config, MODEL_TYPE, record)
@@ -299,10 +340,11 @@ def _unlocked(written: dict[str, Any]) -> dict[str, Any]:
     if written.get("model_type") != MODEL_TYPE:
         return written
     record = written.get(MODEL_TYPE)
-    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+    known = (FORMAT_VERSION, REPLACING_VERSION)
+    if not isinstance(record, dict) or record.get("format_version") not in known:
         found = record.get("format_version") if isinstance(record, dict) else None
         raise ValueError(
-            f"config.json does not describe removed blocks in format {FORMAT_VERSION} (found: {found}); "
+            f"config.json does not describe removed blocks in format {' or '.join(map(str, known))} (found: {found}); "
             "upgrade blockpruner, or prune the model again"
         )
     plain = _each_config(written, lambda labels: {key: name for key, name in labels.items() if key.isdecimal()})
@@ -324,26 +366,16 @@ def _each_config(config: dict[str, Any], change: Callable[[dict[str, str]], dict
 
 def _register(base: type[PreTrainedConfig]) -> None:
     """Let every Auto class that makes models of `base` make pruned ones of its pruned configuration."""
-    for auto in _autos():
+    for auto in autos():
         kind = auto._model_mapping.get(base, None)
         if isinstance(kind, type):
             auto.register(pruned_config_class(base), pruned_model_class(kind, base), exist_ok=True)
 
 
-def _autos() -> list[Any]:
+def autos() -> list[Any]:
     """The Auto classes of transformers that make models."""
     named = [getattr(modeling_auto, name) for name in modeling_auto.__all__ if name.startswith("AutoModel")]
     return [auto for auto in named if getattr(auto, "_model_mapping", None) is not None]
-
-
-def auto_classes(model: type[PreTrainedModel]) -> list[str]:
-    """Names of the Auto classes that make `model`, a class of transformers, of its configuration."""
-    found = []
-    for auto in _autos():
-        made = auto._model_mapping.get(model.config_class, ())
-        if model.__name__ in [c.__name__ for c in (made if isinstance(made, (list, tuple)) else (made,))]:
-            found.append(auto.__name__)
-    return found
 
 
 class BlockprunerConfig(PreTrainedConfig):

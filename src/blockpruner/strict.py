@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
@@ -88,7 +89,7 @@ def read_weights(
             **options,
         )
     _check_complete(found, source)
-    _check_finite(model, source)
+    check_finite(model, source)
     return model.eval().requires_grad_(False)
 
 
@@ -110,7 +111,7 @@ def _check_complete(found: Mapping[str, Any], source: Path) -> None:
             )
 
 
-def _check_finite(model: PreTrainedModel, source: Path) -> None:
+def check_finite(model: nn.Module, source: Path) -> None:
     """InputError naming the first tensor of `model` that is not made of finite numbers."""
     for name, tensor in model.state_dict().items():
         if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():

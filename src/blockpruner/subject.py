@@ -1,13 +1,16 @@
 """The model that a run is about, taken apart and known by its fingerprint."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.anatomy import read_anatomy
 from blockpruner.checkpoint import Form, Saved, save_pruned
+from blockpruner.criterion import Criterion
 from blockpruner.errors import InputError
+from blockpruner.gaps import UNREPAIRED, Repair
 from blockpruner.models import LoadedModel, identify
 from blockpruner.parts import Anatomy
 from blockpruner.plan import ModelIdentity, Plan
@@ -15,13 +18,18 @@ from blockpruner.plan import ModelIdentity, Plan
 
 @dataclass(frozen=True)
 class Subject:
-    """A model taken apart and known by its fingerprint; folder: where its files are, which nothing writes into."""
+    """A model taken apart and known by its fingerprint.
+
+    folder: where its files are, which nothing writes into; memory: bytes of states that are held in memory where the
+    weights are streamed, None where they are not.
+    """
 
     model: PreTrainedModel
     given_tokenizer: PreTrainedTokenizerBase | None
     anatomy: Anatomy
     identity: ModelIdentity
     folder: Path | None = None
+    memory: int | None = None
 
     @property
     def dtype(self) -> str:
@@ -37,10 +45,18 @@ class Subject:
             )
         return self.given_tokenizer
 
+    def check_criterion(self, criterion: Criterion) -> None:
+        """InputError if the weights are streamed and `criterion` wants gradients."""
+        if self.memory is not None and criterion.needs == "backward passes":
+            raise InputError(
+                f"{criterion.title!r} needs backward passes, and streamed weights are there for forward passes only",
+                fix="use another criterion, or leave out --stream",
+            )
 
-def open_subject(loaded: LoadedModel) -> Subject:
-    """Prove the anatomy of a loaded model."""
-    return subject_of(loaded.model, loaded.tokenizer, loaded.name, loaded.folder)
+
+def open_subject(loaded: LoadedModel, memory: int | None = None) -> Subject:
+    """Prove the anatomy of a loaded model; memory: see `Subject`, for one of `streaming.load_streamed`."""
+    return replace(subject_of(loaded.model, loaded.tokenizer, loaded.name, loaded.folder), memory=memory)
 
 
 def subject_of(
@@ -58,10 +74,13 @@ def save_subject(
     first: int | None = None,
     form: Form | None = None,
     source: str = "the plan",
+    repair: Repair = UNREPAIRED,
+    extra_files: Mapping[str, bytes] | None = None,
 ) -> Saved:
     """Write the model without the blocks of `plan`, or of its `first` steps, to the new folder `out`.
 
-    Those steps go beside the weights as plan.json; all is reloaded and compared, see `checkpoint.save_pruned`.
+    Those steps go beside the weights as plan.json, with the `extra_files`; repair: of a recovery.
+    All is reloaded and compared, see `checkpoint.save_pruned`.
     InputError, naming `source`, if the plan is not for this model.
     """
     plan.check(subject.anatomy.outline, subject.identity, source)
@@ -75,5 +94,6 @@ def save_subject(
         out,
         form=form,
         source=subject.folder,
-        extra_files={"plan.json": taken.model_dump_json(indent=2).encode() + b"\n"},
+        extra_files={"plan.json": taken.model_dump_json(indent=2).encode() + b"\n", **(extra_files or {})},
+        repair=repair,
     )

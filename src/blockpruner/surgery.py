@@ -1,6 +1,7 @@
 """Take blocks out of a model: for a while (`skipped`), or for good (`prune_`)."""
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator
 
 from transformers import PreTrainedModel
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 from blockpruner.anatomy import read_anatomy
 from blockpruner.blocks import Block, Mask
 from blockpruner.errors import InputError
+from blockpruner.gaps import UNREPAIRED, Repair, attach, with_replacements
 from blockpruner.models import identify
 from blockpruner.parts import Anatomy, Spec
 from blockpruner.plan import Plan
@@ -51,7 +53,7 @@ def silenced(model: PreTrainedModel, anatomy: Anatomy, mask: Mask) -> Iterator[N
     for stack in anatomy.stacks:
         for layer in stack.layers:
             gone = [part for part in layer.parts if part.block in mask]
-            if gone and len(gone) == len(layer.parts) and not layer.identity:  # what it does besides leaves as well
+            if gone and len(gone) == len(layer.parts) and not (layer.identity or layer.shell):  # all it does leaves
                 muffled[layer.path] = {**layer.through, "keep": True}
             else:
                 outlets += [name for part in gone for name in part.outlets]
@@ -60,9 +62,15 @@ def silenced(model: PreTrainedModel, anatomy: Anatomy, mask: Mask) -> Iterator[N
 
 
 def prune_(
-    model: PreTrainedModel, blocks: Plan | Iterable[Block | str], *, anatomy: Anatomy | None = None
+    model: PreTrainedModel,
+    blocks: Plan | Iterable[Block | str],
+    *,
+    anatomy: Anatomy | None = None,
+    repair: Repair = UNREPAIRED,
 ) -> PreTrainedModel:
     """Remove `blocks` from `model` for good, in place; returns the same model.
+
+    repair: what a recovery puts in their places, or makes of the weights that are left.
 
     The blocks' memory is freed, with the norms and projections that only they needed. `save_pretrained` then writes a
     checkpoint that reloads with the blocks missing (after `import blockpruner`, or with `trust_remote_code=True`);
@@ -70,8 +78,12 @@ def prune_(
     """
     anatomy = anatomy or read_anatomy(model)
     found = _blocks(model, anatomy, blocks)
-    specs = anatomy.stand_ins(found)
+    specs = with_replacements(anatomy.stand_ins(found), repair)
+    for name, value in repair.weights.items():
+        model.get_parameter(name).data = value.clone()
     if found:
         place(model, specs)
+        for path, replacement in repair.replacements.items():
+            attach(model, path, copy.deepcopy(replacement))
         adopt(model, [str(block) for block in sorted(found, key=lambda b: b.order)], specs)
     return model

@@ -6,9 +6,10 @@ from blockpruner.artifacts import Estimate
 from blockpruner.checkpoint import Saved
 from blockpruner.console import table
 from blockpruner.evaluation.quality import Evaluation
-from blockpruner.pipeline import Outcome
+from blockpruner.outcome import Outcome
 from blockpruner.plan import Plan
 from blockpruner.ranking import ranks
+from blockpruner.recovery import RecoveryRecord
 from blockpruner.scores import ScoreTable
 from blockpruner.subject import Subject
 
@@ -115,6 +116,31 @@ def print_saved(saved: Saved, before: int) -> None:
         print("load it after `import blockpruner`, or with trust_remote_code=True")
     else:
         print("load it as any model")
+
+
+def print_recovery(record: RecoveryRecord) -> None:
+    """What was done at each gap, and what all of it is worth on held-out text."""
+    rows = [
+        (
+            gap.removed,
+            gap.place or "-",
+            f"{gap.added_parameters:,}" if gap.applied else "-",
+            "-" if gap.error is None else f"{gap.error:.1%}",
+            ", ".join(f"{name}={value}" for name, value in gap.settings.items()) if gap.applied else gap.reason,
+        )
+        for gap in record.gaps
+    ]
+    columns = ("removed", "place", ">parameters", ">still missing", "how")
+    table(
+        f"{record.method}, fitted on {record.tokens[0]:,} tokens, judged by {record.tokens[1]:,} others", columns, rows
+    )
+    losses = {"dense": record.dense, "pruned": record.pruned, "recovered": record.recovered}
+    print("Held-out loss: " + ", ".join(f"{name} {_value(loss)}" for name, loss in losses.items()))
+    if record.recovered_share is not None:
+        share = f"{record.recovered_share:.0%} of the increase won back"
+        print(
+            f"{share} with {record.added_parameters:,} parameters; the same text made choices, so judge by other text."
+        )
 
 
 def _value(estimate: Estimate | None, digits: int = 4) -> str:

@@ -6,14 +6,16 @@ from typing import Annotated
 
 import typer
 
-from blockpruner.command import opened, print_json, say_price, token_count, verb
+from blockpruner.command import crew_of, opened, print_json, say_price, stream_memory, token_count, verb
 from blockpruner.console import Progress, duration, say
 from blockpruner.options import (
     Bos,
+    Cluster,
     Column,
     Device,
     Dtype,
     Json,
+    Memory,
     Model,
     Objective,
     Pickle,
@@ -24,8 +26,10 @@ from blockpruner.options import (
     Seed,
     Source,
     Split,
+    Stream,
     Tokens,
     Window,
+    Workers,
 )
 
 
@@ -68,9 +72,13 @@ def score(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    stream: Stream = False,
+    memory: Memory = None,
     run: Annotated[
         Path | None, typer.Option("--run", metavar="DIR", help="Run folder: scores.json; resumes there.")
     ] = None,
+    workers: Workers = 0,
+    ray: Cluster = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the price and stop.")] = False,
     revision: Revision = None,
     remote: RemoteCode = False,
@@ -87,8 +95,9 @@ def score(
     names = list(CRITERIA) if criterion == ["all"] else criterion
     for name in names:
         parse_criterion(name)  # what is misspelt is said before the model is loaded
+    crew = crew_of(workers, ray, model, dtype, revision, remote, pickle)
     comparison = compare(
-        opened(model, dtype, device, revision, remote, pickle),
+        opened(model, dtype, device, revision, remote, pickle, stream_memory(stream, memory, workers)),
         criteria=names,
         calibration=calibration,
         objective=objective,
@@ -112,7 +121,7 @@ def score(
         if as_json:
             print_json({"passes": passes, "seconds": round(each * sum(passes.values()), 1)})
         return
-    table = scored(comparison, run or Path("runs", Path(model).name), Progress())
+    table = scored(comparison, run or Path("runs", Path(model).name), Progress(), crew)
     if as_json:
         print_json(table.model_dump(mode="json"))
     else:
@@ -137,9 +146,13 @@ def search(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    stream: Stream = False,
+    memory: Memory = None,
     run: Run = None,
     start: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="A plan to improve, for swap.")] = None,
     budget: Annotated[int | None, typer.Option(min=1, help="Evaluations of a mask at most.")] = None,
+    workers: Workers = 0,
+    ray: Cluster = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the price and stop.")] = False,
     revision: Revision = None,
     remote: RemoteCode = False,
@@ -152,7 +165,8 @@ def search(
     from blockpruner.searching import Stop
     from blockpruner.tables import print_plan
 
-    subject = opened(model, dtype, device, revision, remote, pickle)
+    crew = crew_of(workers, ray, model, dtype, revision, remote, pickle)
+    subject = opened(model, dtype, device, revision, remote, pickle, stream_memory(stream, memory, workers))
     task = prepare(
         subject,
         target=target,
@@ -178,7 +192,7 @@ def search(
             print_json({**figures, "seconds": round(price.seconds, 1)})
         return
     run = run or Path("runs", Path(model).name)
-    plan = find_plan(task, run, Progress(), budget)
+    plan = find_plan(task, run, Progress(), budget, crew)
     say(f"plan: {run / 'plan.json'} ({plan.stop_reason})")
     if as_json:
         print_json(plan.model_dump(mode="json"))

@@ -1,15 +1,18 @@
-"""Smaller models: prune, run, demo."""
+"""Smaller models: prune, recover, run, demo."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockpruner.command import opened, print_json, say_price, token_count, verb
+from blockpruner.command import crew_of, opened, print_json, say_price, stream_memory, token_count, verb
 from blockpruner.console import Progress, say
-from blockpruner.errors import InputError
+from blockpruner.errors import InputError, MachineError
 from blockpruner.options import (
+    Bos,
+    Cluster,
+    Column,
     Device,
     Dtype,
     Json,
@@ -18,9 +21,17 @@ from blockpruner.options import (
     RemoteCode,
     Revision,
     Run,
+    Seed,
     Source,
+    Split,
+    Stream,
+    Tokens,
     Window,
+    Workers,
 )
+
+if TYPE_CHECKING:
+    from blockpruner.subject import Subject
 
 
 @verb("blockpruner prune demo --plan runs/demo/plan.json --first 4 --out pruned")
@@ -35,6 +46,7 @@ def prune(
     zeroed: Annotated[bool, typer.Option("--zeroed", help="The same as --form zeroed: runs everywhere.")] = False,
     dtype: Dtype = "stored",
     device: Device = "cpu",
+    stream: Stream = False,
     revision: Revision = None,
     remote: RemoteCode = False,
     pickle: Pickle = False,
@@ -43,6 +55,7 @@ def prune(
     """Remove the blocks of a plan for good. Writes a checkpoint, reloads it in a fresh process and compares."""
     from blockpruner.artifacts import check_new_folder, read_json
     from blockpruner.checkpoint import FORMS, Form
+    from blockpruner.lending import lends
     from blockpruner.plan import Plan
     from blockpruner.registry import lookup
     from blockpruner.subject import save_subject
@@ -55,13 +68,106 @@ def prune(
     asked = "zeroed" if zeroed else form
     taken = lookup(asked, forms, "form of checkpoint") if asked else None
     read_json(plan)  # what is no JSON at all is said before the model is loaded
-    subject = opened(model, dtype, device, revision, remote, pickle)
+    subject = opened(model, dtype, device, revision, remote, pickle, stream_memory(stream, None))
+    if lends(subject.model):
+        raise InputError(
+            "prune --stream copies weights as they are in the files", fix="give their dtype, and no --device but cpu"
+        )
     chosen = Plan.read(plan, subject.anatomy.outline)
     saved = save_subject(subject, chosen, out, first=first, form=taken, source=str(plan))
     if as_json:
         print_json({**asdict(saved), "folder": str(saved.folder)})
     else:
         print_saved(saved, subject.identity.parameters)
+
+
+@verb("blockpruner recover pruned --method linear:rank=64 --calibration alpaca --out recovered")
+def recover(
+    pruned: Annotated[Path, typer.Argument(metavar="PLAN_OR_PRUNED", help="plan.json, or a folder from `prune`.")],
+    method: Annotated[str, typer.Option(help="bias, linear:rank=64 or replaceme; `list` says more.")],
+    calibration: Annotated[str, typer.Option(metavar="SOURCE", help="Text to fit on. " + Source)],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the model.")],
+    dense: Annotated[str | None, typer.Option(metavar="MODEL", help="The whole model; else as the plan says.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Text to judge by; else the last fifth of that to fit on.")
+    ] = None,
+    first: Annotated[int | None, typer.Option(help="Only the first N steps of a nested plan are removed.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write it also if held-out text is worse off.")] = False,
+    tokens: Tokens = "16384",
+    window: Window = None,
+    bos: Bos = "auto",
+    split: Split = None,
+    column: Column = None,
+    seed: Seed = 0,
+    dtype: Dtype = "stored",
+    device: Device = "auto",
+    revision: Revision = None,
+    remote: RemoteCode = False,
+    pickle: Pickle = False,
+    as_json: Json = False,
+) -> None:
+    """Win quality back: put something small where blocks were. Fitted without training, judged on held-out text."""
+    from blockpruner.artifacts import check_new_folder
+    from blockpruner.mending import mend
+    from blockpruner.plan import Plan
+    from blockpruner.recoveries import parse_recovery
+    from blockpruner.tables import print_recovery, print_saved
+
+    check_new_folder(out, sources=(pruned,) if pruned.is_dir() else ())
+    parse_recovery(method, seed=seed)  # a mistake is said before the model is loaded
+    plan, count = _plan_of(pruned), token_count(tokens)
+    subject = _dense(plan, dense, dtype, device, revision, remote, pickle)
+    mended = mend(
+        subject,
+        Plan.read(plan, subject.anatomy.outline),
+        method=method,
+        calibration=calibration,
+        held_out=held_out,
+        first=first,
+        force=force,
+        seed=seed,
+        source=str(plan),
+        progress=Progress(),
+        tokens=count,
+        window=window,
+        bos=bos,
+        split=split,
+        column=column,
+    )
+    if not as_json:
+        print_recovery(mended.record)
+    saved = mended.save(out)
+    if as_json:
+        print_json({**asdict(saved), "folder": str(saved.folder), "recovery": mended.record.model_dump(mode="json")})
+    else:
+        print_saved(saved, subject.identity.parameters)
+
+
+def _plan_of(pruned: Path) -> Path:
+    """The plan in a file, or beside the weights of a pruned model."""
+    plan = pruned / "plan.json" if pruned.is_dir() else pruned
+    if not plan.is_file():
+        raise InputError(f"{plan} is not a file", fix="give a plan.json, or a folder that `blockpruner prune` wrote")
+    return plan
+
+
+def _dense(
+    plan: Path, dense: str | None, dtype: str, device: str, revision: str | None, remote: bool, pickle: bool
+) -> "Subject":
+    """The whole model: as asked for, else as the plan names it, which of a folder knows no more than the last part."""
+    from blockpruner.plan import Plan
+
+    if dense is not None:
+        return opened(dense, dtype, device, revision, remote, pickle)
+    named = Plan.read(plan).model
+    if named is None:
+        raise InputError(f"{plan} does not say for which model it is", fix="name the whole model with --dense")
+    try:
+        return opened(named.name, dtype, device, revision, remote, pickle)
+    except (InputError, MachineError) as error:
+        raise type(error)(
+            f"{plan} is for {named.name!r}: {error.what}", fix="name the whole model with --dense"
+        ) from error
 
 
 @verb(
@@ -83,6 +189,8 @@ def run_recipe(
     dtype: Dtype = "auto",
     device: Device = "auto",
     run: Run = None,
+    workers: Workers = 0,
+    ray: Cluster = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the price and stop.")] = False,
     revision: Revision = None,
     remote: RemoteCode = False,
@@ -95,6 +203,7 @@ def run_recipe(
     from blockpruner.recipe import Recipe
     from blockpruner.tables import print_outcome
 
+    crew = crew_of(workers, ray, model, dtype, revision, remote, pickle)
     count = None if tokens is None else token_count(tokens) or 0
     sources = {"calibration": calibration, "evaluation": data}
     chosen = Recipe.read(recipe).changed(**sources, target=target, tokens=count, window=window, seed=seed)
@@ -106,7 +215,7 @@ def run_recipe(
     if dry_run:
         return
     folder = run or Path("runs", f"{Path(recipe).stem}-{Path(model).name}")
-    outcome, plan, _ = pipeline.run(chosen, subject, folder, progress=Progress())
+    outcome, plan, _ = pipeline.run(chosen, subject, folder, progress=Progress(), crew=crew)
     say(f"plan: {folder / 'plan.json'} ({plan.stop_reason}); model: {folder / 'model'}")
     if as_json:
         print_json(outcome.model_dump(mode="json"))

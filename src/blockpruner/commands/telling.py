@@ -82,7 +82,7 @@ def evaluate(
 
 @verb("blockpruner list --json", name="list")
 def list_methods(as_json: Json = False) -> None:
-    """List the searches, criteria, objectives, kinds of moves and targets."""
+    """List the searches, criteria, objectives, recoveries, recipes, kinds of moves and targets."""
     from blockpruner.catalogue import catalogue
 
     shelves = catalogue()

@@ -1,11 +1,13 @@
 """Beam search: greedy removal that keeps several masks, so that a dear first removal may pay later."""
 
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from blockpruner.blocks import Mask, Move
 from blockpruner.errors import InputError
-from blockpruner.searching import DENSE, Chosen, Losses, Problem, Proposals, lowest
+from blockpruner.racing import Race
+from blockpruner.searching import DENSE, Chosen, Losses, Problem, Proposals, Request, lowest
 
 Path = tuple[Chosen, ...]
 
@@ -24,11 +26,16 @@ class Beam:
     it before others: those among the `width` best of their step are put aside, the rest of these are extended until
     none is left, and the lowest loss of all put aside wins, the earlier one of equals.
 
+    race: the `width` best of each step are found by a race (see `racing`), from which the losses of its steps are; what
+    wins in the end is decided by full evaluations.
+
     Cost: with m moves at the start and k steps, at most m + width * (k-1) * (m - k/2) evaluations. Nothing is decided
     before the end: what is stopped earlier leaves no plan, and goes on from its journal when it is run again.
     """
 
     width: int = 4
+    race: bool = False
+    seed: int = 0
 
     title: ClassVar[str] = "Beam search"
     source: ClassVar[str] = "Lowerre 1976 (beam search), on BlockPruner's loop: ours"
@@ -43,13 +50,15 @@ class Beam:
         beams: dict[Mask, Path] = {DENSE: ()}
         ended: list[tuple[float, Path]] = []
         while beams:
-            losses = yield tuple(dict.fromkeys(mask | move.blocks for mask in beams for move in problem.moves(mask)))
+            masks = tuple(dict.fromkeys(mask | move.blocks for mask in beams for move in problem.moves(mask)))
+            losses, best = yield from self._looked(problem, masks)
             grown = _grown(problem, beams, losses)
-            best = self._best(losses)
-            if not best and not ended:
-                lowest({Move(mask): losses[mask] for mask in grown})  # fails, and names them
-            ended += [(best[mask], grown[mask]) for mask in best if problem.reached(mask, len(grown[mask]))]
-            beams = {mask: grown[mask] for mask in best if not problem.reached(mask, len(grown[mask]))}
+            done = tuple(mask for mask in best if problem.reached(mask, len(grown[mask])))
+            known: Losses = (yield done) if done else {}
+            ended += [(loss.value, grown[mask]) for mask, loss in known.items() if loss is not None]
+            beams = {mask: grown[mask] for mask in best if mask not in done}
+            if not beams and not ended:
+                lowest({Move(mask): None for mask in known or grown})  # fails, and names them
         yield from min(ended, key=lambda end: end[0])[1]
 
     def evaluations(self, problem: Problem) -> int:
@@ -60,10 +69,14 @@ class Beam:
             total, beams = total + new, min(self.width, new)
         return total
 
-    def _best(self, losses: Losses) -> dict[Mask, float]:
-        """The `width` masks of lowest loss, best first, those that arose first before their equals."""
+    def _looked(self, problem: Problem, masks: tuple[Mask, ...]) -> Generator[Request, Any, tuple[Losses, list[Mask]]]:
+        """The losses, and the `width` masks of lowest loss, best first, those that arose first before their equals."""
+        if self.race:
+            outcome = yield from Race(seed=self.seed).run(problem, masks, self.width)
+            return outcome.estimates, list(outcome.kept)
+        losses: Losses = yield masks
         finite = {mask: loss.value for mask, loss in losses.items() if loss is not None}
-        return {mask: finite[mask] for mask in sorted(finite, key=finite.__getitem__)[: self.width]}
+        return losses, sorted(finite, key=finite.__getitem__)[: self.width]
 
 
 def _grown(problem: Problem, beams: dict[Mask, Path], losses: Losses) -> dict[Mask, Path]:

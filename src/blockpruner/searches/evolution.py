@@ -8,6 +8,7 @@ from typing import ClassVar
 from blockpruner.blocks import Mask, Move
 from blockpruner.errors import InputError
 from blockpruner.permutations import number, shuffled
+from blockpruner.racing import Race
 from blockpruner.searching import DENSE, Chosen, Losses, Partly, Problem, Proposals, lowest
 
 State = tuple[Move, ...]  # in an order in which they can be taken
@@ -33,8 +34,10 @@ class Evolution:
     generations * (offspring * first + 3 * second) + all. Nothing is decided before the end: what is stopped earlier
     leaves no plan, and goes on from its journal when it is run again.
 
-    EvoPress is `equal=True` with the KL objective and micro-batches of 2048 tokens. Ours: free counts, other moves,
-    params targets, the evaluation at the end, and that the second look avoids the data of the first while it can.
+    race: offspring and parent race (see `racing`) instead of these two looks; all of these are then on the same data.
+
+    EvoPress is `equal=True` with the KL objective; micro-batches are of about 512 tokens. Ours: free counts, other
+    moves, params targets, the evaluation at the end, and that the second look avoids the data of the first if it can.
     """
 
     seed: int = 0
@@ -42,8 +45,9 @@ class Evolution:
     offspring: int = 32
     initial: int = 64
     generations: int = 0
-    first: int = 1
-    second: int = 16
+    first: int = 4
+    second: int = 64
+    race: bool = False
 
     title: ClassVar[str] = "Evolutionary (EvoPress)"
     source: ClassVar[str] = "Sieberling et al. 2024, arXiv 2410.14649"
@@ -62,7 +66,11 @@ class Evolution:
         parent = states[lowest({Move(mask): losses[mask] for mask in states}).blocks]
         for generation in range(1, 1 + self._generations(problem)):
             batches = self._batches(problem, generation)
-            if children := self._children(problem, parent, generation):
+            children = self._children(problem, parent, generation)
+            if children and self.race:
+                outcome = yield from Race(seed=self.seed).run(problem, (*children, _gone(parent)))
+                parent = children.get(outcome.kept[0], parent) if outcome.kept else parent
+            elif children:
                 losses = yield Partly(tuple(children), batches[: self.first])
                 states = {mask: children[mask] for mask in _best(losses)[:SURVIVORS]} | {_gone(parent): parent}
                 losses = yield Partly(tuple(states), batches[-self.second :])  # from -0 on: all

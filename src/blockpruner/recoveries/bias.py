@@ -1,0 +1,33 @@
+"""The mean update of a removed block, as a constant in its place."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from blockpruner.recovery import Bench, GapRecord
+
+if TYPE_CHECKING:
+    from blockpruner.gaps import Repair
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Every token is given the mean, over tokens, of what the block would have added to the pruned model's stream.
+
+    sinks: the weight of the first position of every row in that mean. The mean is the constant of the least square
+    error. A gap whose error on held-out text does not become smaller stays empty.
+    """
+
+    sinks: float = 0.0
+
+    title: ClassVar[str] = "Mean update"
+    source: ClassVar[str] = "Siddiqui et al. 2024, arXiv 2407.16286 (there of the dense model)"
+    needs: ClassVar[str] = "forward passes"
+    passes: ClassVar[str] = "n/2 forward"
+
+    def added_parameters(self, inputs: int, outputs: int) -> int:
+        return outputs
+
+    def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
+        from blockpruner.closed_form import ClosedForm, fill_gaps
+
+        return fill_gaps(bench, ClosedForm("nothing", sinks=self.sinks))

@@ -1,0 +1,40 @@
+"""A linear map of the stream in the place of a removed block, in closed form."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from blockpruner.recovery import Bench, GapRecord
+
+if TYPE_CHECKING:
+    from blockpruner.gaps import Repair
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x A + b, with the least square error, at all tokens, beside what is missing; no training.
+
+    rank: of A at most, the best of that rank in the metric of the outputs; 0 is full. regressor: x is the block's own
+    normed `input`, or the `stream`; `auto` takes what has the smaller error on held-out text, block by block. ridge:
+    penalty on |A|^2 beside the mean variance of an entry of x; `auto` has held-out text choose. sinks: the weight of
+    the first position of every row. target: what the `block` would add to the pruned model's stream, or what brings
+    that to the `dense` model's stream behind the block.
+    """
+
+    rank: int = 0
+    regressor: Literal["auto", "input", "stream"] = "auto"
+    ridge: float | Literal["auto"] = "auto"
+    sinks: float = 0.0
+    target: Literal["block", "dense"] = "block"
+
+    title: ClassVar[str] = "Linear map in closed form"
+    source: ClassVar[str] = "ridge and reduced-rank regression (Izenman 1975), per removed block: ours"
+    needs: ClassVar[str] = "forward passes"
+    passes: ClassVar[str] = "n/2 forward; 3n/2 with target=dense"
+
+    def added_parameters(self, inputs: int, outputs: int) -> int:
+        return outputs + (self.rank * (inputs + outputs) if self.rank else inputs * outputs)
+
+    def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
+        from blockpruner.closed_form import ClosedForm, fill_gaps
+
+        return fill_gaps(bench, ClosedForm(self.regressor, self.rank, self.ridge, self.sinks, self.target))

@@ -1,0 +1,76 @@
+"""An objective that costs nothing: what a search would have cost is counted, and what it finds is made up."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
+from typing import Protocol
+
+from blockpruner.artifacts import Work
+from blockpruner.blocks import Block, Mask
+from blockpruner.permutations import BITS, number
+from blockpruner.searching import Found
+
+# As measured on Gemma 3 270M and C4, in nats per token: how far the blocks lie apart from first to last (but for a few
+# far behind), how much the effect of one differs between segments of 128 tokens, how much of that is new at a step.
+RANGE, SPREAD, CHANGE = 0.8, 0.07, 0.36
+
+
+class Counted(Protocol):
+    """What is known of an objective without evaluating anything."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+
+    @property
+    def pieces(self) -> int: ...
+
+    def work(self, masks: Sequence[Mask], batch: int) -> Work: ...
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Stands in for `objective`.
+
+    Losses are such that races take about as many looks as real ones do: a sum over the blocks that are gone, each with
+    an effect of its own and noise on every piece, which is partly new at each step. Requests for all data at once,
+    after which nothing is open, are answered with zeros, so that long ones are cheap.
+    """
+
+    objective: Counted
+    unit: str = "nothing"
+
+    @property
+    def batches(self) -> int:
+        return len(self.objective.sizes)
+
+    @property
+    def pieces(self) -> int:
+        return self.objective.pieces
+
+    def losses(self, asked: Mapping[int, Sequence[Mask]]) -> Iterator[Found]:
+        whole = len(asked) == self.batches
+        for batch, masks in asked.items():
+            size = self.objective.sizes[batch]
+            for mask in masks:
+                values = (0.0,) * size if whole else tuple(self._loss(mask, batch, piece) for piece in range(size))
+                yield batch, mask, values
+
+    def work(self, masks: Sequence[Mask], batch: int) -> Work:
+        return self.objective.work(masks, batch)
+
+    def _loss(self, mask: Mask, batch: int, piece: int) -> float:
+        same = sum(_normal(block, batch, piece) for block in mask)
+        new = sum(_normal(block, batch, piece, len(mask)) for block in mask)
+        noise = (1 - CHANGE**2) ** 0.5 * same + CHANGE * new
+        return RANGE * sum(map(_uniform, mask)) + SPREAD * noise
+
+
+@cache
+def _uniform(block: Block, *key: int) -> float:
+    return (number("rehearsal", block, *key) + 0.5) / 2**BITS
+
+
+@cache
+def _normal(block: Block, *key: int) -> float:
+    return NormalDist().inv_cdf(_uniform(block, *key))
