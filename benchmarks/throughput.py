@@ -2,11 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/throughput.py --data FILE.jsonl --json experiments/throughput.json
 
-For each dtype, and with or without the freed memory that the command line keeps (`allocator`), one fresh process. In
-it the two take turns, window by window, the one that begins changing each time: `engine` is the objective of a search,
-asked for the whole model's loss on one window; `plain` is model(window) and torch's cross entropy in float32. The
-ratio is made of seconds of the processor; those of the clock, beside it, say more of others on a shared machine.
-ratio: the median over pairs of plain seconds / engine seconds; spread: their quartiles.
+For each dtype one fresh process. In it the two take turns, window by window, the one that begins changing each time:
+`engine` is the objective of a search, asked for the whole model's loss on one window; `plain` is model(window) and
+torch's cross entropy in float32. The ratio is made of seconds of the processor; those of the clock, beside it, say more
+of others on a shared machine. ratio: the median over pairs of plain / engine seconds; spread: their quartiles.
 """
 
 import argparse
@@ -31,37 +30,33 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--freed-memory", default="kept,returned", help="kept, as by the command line; returned")
     parser.add_argument("--json", type=Path, help="where the figures go, besides standard output")
-    parser.add_argument("--contestant", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
-        print(json.dumps(measured(options, *options.contestant)))
+        print(json.dumps(measured(options, options.contestant)))
         return
     begun, found = commit(), []
     for dtype in options.dtypes.split(","):
-        for memory in options.freed_memory.split(","):
-            asked = [sys.executable, __file__, *sys.argv[1:], "--contestant", dtype, memory]
-            said = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found.append(json.loads(said.splitlines()[-1]))
-            print(json.dumps(found[-1], indent=2), flush=True)
+        asked = [sys.executable, __file__, *sys.argv[1:], "--contestant", dtype]
+        said = subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found.append(json.loads(said.splitlines()[-1]))
+        print(json.dumps(found[-1], indent=2), flush=True)
     if options.json:
         shared = {"model": public(options.model), "window": options.window, "pairs": options.pairs}
         write(options.json, {**shared, "found": found, "command": COMMAND, "commit": begun})
 
 
-def measured(options: argparse.Namespace, dtype: str, memory: str) -> dict[str, Any]:
+def measured(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """Both, in turns, in this process."""
     import torch
 
-    from blockpruner.allocator import keep_freed_memory
     from blockpruner.data import read_data
     from blockpruner.models import load
     from blockpruner.objectives.loss import Loss
     from blockpruner.searching import DENSE
     from blockpruner.subject import open_subject
 
-    kept = keep_freed_memory() if memory == "kept" else False
     subject = open_subject(load(options.model, dtype=dtype, device="cpu"))
     data = read_data(subject, options.data, Loss(), window=options.window, tokens=options.window * options.pairs)
     objective = data.objective(subject, Loss(), batch_tokens=options.window)
@@ -95,7 +90,6 @@ def measured(options: argparse.Namespace, dtype: str, memory: str) -> dict[str, 
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
     return {
         "dtype": dtype,
-        "freed_memory": "kept" if kept else "returned",
         "ratio": quartiles[1],
         "spread": [quartiles[0], quartiles[2]],
         "tokens_per_processor_second": {

@@ -5,6 +5,7 @@ import functools
 import math
 import random
 import statistics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,7 +242,7 @@ class TestGreedy:
     def test_the_plan_says_on_how_much_each_move_was_seen_and_what_tied(self):
         objective = Noisy(lambda mask: 0.0, batches=32, noise=0.002)
         problem = noisy_problem(2, "block", "blocks=2", objective)
-        plan = plan_of(run(Greedy(epsilon=0.1), problem, objective), Greedy(epsilon=0.1), problem)
+        plan: Any = plan_of(run(Greedy(epsilon=0.1), problem, objective), Greedy(epsilon=0.1), problem)
         first, last = plan.steps
         assert {score.n for score in first.scores.values()} == {FEWEST}
         assert len(first.ties) == 3
@@ -258,8 +259,8 @@ class TestGreedy:
     def test_other_searches_race_to_a_plan_as_good_for_less(self, search):
         objective = Noisy(tangled, batches=32)
         problem = noisy_problem(5, "block", "blocks=4", objective)
-        fast = run(dataclasses.replace(search, race=True), problem, objective)
-        slow = run(search, problem, objective)
+        fast: Any = run(dataclasses.replace(search, race=True), problem, objective)
+        slow: Any = run(search, problem, objective)
         assert fast.steps[-1].loss.n == PIECES * 32, "the winner is evaluated on everything"
         assert fast.steps[-1].loss.value <= slow.steps[-1].loss.value + 0.01
         if isinstance(search, Beam):

@@ -4,8 +4,7 @@ An anatomy is data: paths, stand-ins as JSON, sizes. It is read from behaviour (
 structure, and proved on the model's own weights (`proof`): silencing one block equals setting its last projection to
 zero, bit for bit, and silencing all of them leaves the layer's skeleton. Then it is proved in the whole model, where
 a block may hand on more than the stream; what others need of it is kept running there. What a recovery put in the place
-of a removed block is no block: layers are read without it, the whole model is proved with it, and a layer that has such
-a replacement stays, also when its last block goes.
+of a removed block is no block: it stays in all that is compared, and a layer that has it stays, also without blocks.
 """
 
 import itertools
@@ -36,8 +35,8 @@ from blockpruner.probing import (
     SeenLayer,
     evaluating,
     example_inputs,
+    fillings,
     find_stacks,
-    unrepaired,
 )
 from blockpruner.proof import prove_layer, proved
 
@@ -62,35 +61,26 @@ def read_anatomy(model: PreTrainedModel) -> Anatomy:
 
 def _read(model: PreTrainedModel) -> Anatomy:
     inputs = example_inputs(model)
-    with unrepaired(model) as filled:
-        seen = find_stacks(model, inputs)
-        use = cache_use(model, _within(layer for layers in seen.values() for layer in layers), inputs)
-        stacks, left = _stacks(model, seen, use, filled)
-    layers = proved(model, [layer for stack in stacks for layer in stack.layers], inputs)
-    flops = _compute(model, inputs)
-    made = iter(_finished(layer, use, flops) for layer in layers)
-    finished = tuple(replace(stack, layers=tuple(itertools.islice(made, len(stack.layers)))) for stack in stacks)
-    reasons = {path: error.what for path, error in left.items()}
-    return Anatomy(finished, sum(p.numel() for p in model.parameters()), reasons)
-
-
-def _stacks(
-    model: PreTrainedModel, seen: Mapping[str, list[SeenLayer]], use: CacheUse, filled: Iterable[str]
-) -> tuple[list[Stack], dict[str, UnsupportedModelError]]:
-    """The stacks, read layer by layer, and by path why others were not understood; filled: where replacements are."""
+    seen = find_stacks(model, inputs)
+    use = cache_use(model, _within(layer for layers in seen.values() for layer in layers), inputs)
     stacks: list[Stack] = []
     left: dict[str, UnsupportedModelError] = {}
     for path, layers in seen.items():
         name = _stack_name(path, list(seen)) if len(seen) > 1 or model.config.is_encoder_decoder else ""
         try:
-            stacks.append(_stack(model, name, path, layers, use, filled))
+            stacks.append(_stack(model, name, path, layers, use))
         except UnsupportedModelError as error:
             left[path] = error
     if not stacks:
         raise next(iter(left.values()))
     for error in left.values():
         _log.warning("left alone: %s", error.what)
-    return stacks, left
+    layers = proved(model, [layer for stack in stacks for layer in stack.layers], inputs)
+    flops = _compute(model, inputs)
+    made = iter(_finished(layer, use, flops) for layer in layers)
+    finished = tuple(replace(stack, layers=tuple(itertools.islice(made, len(stack.layers)))) for stack in stacks)
+    reasons = {path: error.what for path, error in left.items()}
+    return Anatomy(finished, sum(p.numel() for p in model.parameters()), reasons)
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:
@@ -114,9 +104,7 @@ def _within(layers: Iterable[SeenLayer]) -> dict[str, nn.Module]:
     return {path: module for layer in layers for path, module in layer.module.named_modules(prefix=layer.path)}
 
 
-def _stack(
-    model: nn.Module, name: str, path: str, layers: list[SeenLayer], use: CacheUse, filled: Iterable[str]
-) -> Stack:
+def _stack(model: nn.Module, name: str, path: str, layers: list[SeenLayer], use: CacheUse) -> Stack:
     known: dict[tuple[Any, ...], Dissection] = {}
     for layer in layers:
         if (structure := _structure(layer.module)) not in known:
@@ -139,10 +127,9 @@ def _stack(
         through = use.completed(layer.path, {"input": layer.hidden, "output": template(layer.call, "input")})
         idle = _below(layer.path, dissection.idle, use)
         rest = _count(model, [layer.path]) - sum(part.parameters for part in parts) if parts else 0
-        alone = _count(model, idle)
-        stays = any(f"{place}.".startswith(f"{layer.path}.") for place in filled)
-        shell, rest = stays or (identity and alone == rest), alone if stays else rest
-        made.append(Layer(layer.path, layer.hidden, through, identity, shell, tuple(parts), idle, rest))
+        filled, alone = bool(fillings(layer.module)), _count(model, idle)
+        shell, rest = filled or (identity and alone == rest), alone if filled else rest
+        made.append(Layer(layer.path, layer.hidden, through, identity, shell, tuple(parts), idle, rest, filled))
     same = len({_structure(layer.module) for layer in layers}) == 1
     return Stack(name, path, tuple(made), same and all(d.serial for d in dissections))
 

@@ -31,6 +31,7 @@ from blockpruner.probing import (
     recorded,
     scrambled,
     stood_in,
+    unfilled,
     with_parameters,
 )
 
@@ -200,7 +201,9 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _matrices(module: nn.Module) -> bool:
-    return any(map(is_matrix, module.parameters()))
+    """Whether a block's projections may be in there; what took the place of an earlier one's is none."""
+    with unfilled(module):
+        return any(map(is_matrix, module.parameters()))
 
 
 def _options(call: Call, layer: SeenLayer) -> list[Spec]:

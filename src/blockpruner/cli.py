@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 
-from blockpruner.allocator import keep_freed_memory
 from blockpruner.command import app
 from blockpruner.commands import finding, making, telling
 from blockpruner.exits import catch_signals
@@ -18,7 +17,6 @@ VERBS = (finding, making, telling)  # registered with the app when they are impo
 def main() -> None:
     """Entry point of the console script."""
     catch_signals()
-    keep_freed_memory()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -147,7 +147,7 @@ class MaskTree:
         return lambda batch, mask: states.pop((batch, len(self.layers), mask))
 
     def _step(self, layer: Layer, call: Call, state: Tensor, removed: Mask) -> Tensor:
-        if len(removed) == len(layer.parts):
+        if len(removed) == len(layer.parts) and not layer.filled:
             return state  # proved: a layer without blocks is the identity
         with stood_in(self.model, layer_stand_ins(layer, removed)):
             # A copy: another child, or a prefix that skips this layer, may still need a state that is changed in place.

@@ -49,9 +49,10 @@ class Layer:
     """One layer: its path, the argument that carries the stream, its parts in the order they run.
 
     through: the stand-in for the whole layer, which hands the stream through in the structure the layer returns;
-    identity: whether the layer does that by itself once its parts are silent, replacements of blocks removed earlier
-    aside; shell: whether it stays then (always where there is such a replacement), else `through` takes its place;
-    idle: what does nothing in a shell; shared: parameters that leave with the last part.
+    identity: whether the layer does that by itself once its parts are silent (and filled places empty); shell: whether
+    it stays then, else `through` takes its place; idle: what does nothing in a shell; shared: parameters that leave
+    with the last part; filled: whether a recovery put something in the place of a block that was removed earlier: such
+    a layer is a shell, and does more than hand the stream through.
     """
 
     path: str
@@ -62,6 +63,7 @@ class Layer:
     parts: tuple[Part, ...]
     idle: Mapping[str, Spec]
     shared: int
+    filled: bool = False
 
 
 @dataclass(frozen=True)

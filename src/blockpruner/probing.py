@@ -125,22 +125,28 @@ def stood_in(root: nn.Module, specs: Mapping[str, dict[str, Any]]) -> Iterator[N
         yield
 
 
-@contextlib.contextmanager
-def unrepaired(root: nn.Module) -> Iterator[frozenset[str]]:
-    """While the block runs, stand-ins below `root` add nothing and own nothing; gives the paths where one else does.
+def fillings(root: nn.Module) -> dict[str, nn.Module]:
+    """What a recovery gave to stand-ins below `root`, by the path of the stand-in.
 
-    They are known by the name of their class, since a checkpoint may bring its own copy of it.
+    Known by names, since a checkpoint may bring its own copy of the file of stand-ins.
     """
-    stand_ins: dict[str, Any] = {p: m for p, m in root.named_modules() if type(m).__name__ == StandIn.__name__}
-    held = {path: module for path, module in stand_ins.items() if module.replacement is not None}
-    kept = {path: module.replacement for path, module in held.items()}
+    kind = StandIn.__name__
+    stand_ins: dict[str, Any] = {path: inner for path, inner in root.named_modules() if type(inner).__name__ == kind}
+    return {path: inner.replacement for path, inner in stand_ins.items() if inner.replacement is not None}
+
+
+@contextlib.contextmanager
+def unfilled(root: nn.Module) -> Iterator[None]:
+    """While the block runs, stand-ins below `root` add nothing, as before a recovery."""
+    held = fillings(root)
+    places: dict[str, Any] = {path: root.get_submodule(path) for path in held}
     try:
-        for module in held.values():
-            module.replacement = None
-        yield frozenset(held)
+        for stand_in in places.values():
+            stand_in.replacement = None
+        yield
     finally:
-        for path, module in held.items():
-            module.replacement = kept[path]
+        for path, stand_in in places.items():
+            stand_in.replacement = held[path]
 
 
 @contextlib.contextmanager
@@ -164,12 +170,13 @@ def is_matrix(data: Tensor) -> bool:
 def projections(root: nn.Module, path: str = "") -> list[str]:
     """Names, below `root`, of the parameters of each module at or in `path` that is, or holds, a matrix.
 
-    Weights, biases, sinks; not norms and scales, for these may stand on the residual stream. Of `root` itself only its
-    own matrices.
+    Weights, biases, sinks; not norms and scales, for these may stand on the residual stream, nor what stands in the
+    place of a block that was removed before. Of `root` itself only its own matrices.
     """
-    found = []
+    found: list[str] = []
+    others = set(fillings(root).values())
     for inner, module in root.get_submodule(path).named_modules(prefix=path):
-        holds = any(map(is_matrix, module.parameters()))
+        holds = module not in others and any(map(is_matrix, module.parameters()))
         for name, parameter in module.named_parameters(prefix=inner, recurse=False):
             if parameter.is_floating_point() and holds and (module is not root or is_matrix(parameter)):
                 found.append(name)

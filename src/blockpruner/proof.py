@@ -16,11 +16,13 @@ from blockpruner.branches import (
 )
 from blockpruner.errors import UnsupportedModelError, is_out_of_memory
 from blockpruner.parts import Layer, Part, Spec
-from blockpruner.probing import MISFIT, SeenLayer, nulled, stood_in
+from blockpruner.probing import MISFIT, SeenLayer, nulled, stood_in, unfilled
 
 
 def prove_layer(layer: SeenLayer, dissection: Dissection) -> bool:
     """Prove a dissection on the layer's own weights; returns whether the layer is the identity without its blocks.
+
+    Without what stands in the place of blocks removed earlier too, that is; it stays in all else that is compared.
 
     Each block alone, without and with the modules that idle then, equals its last projection at zero; all of them
     together leave the skeleton.
@@ -43,7 +45,8 @@ def prove_layer(layer: SeenLayer, dissection: Dissection) -> bool:
     bare = skeleton(layer) if dissection.whole else nulled_stream(layer, outlets)
     if not torch.equal(runs_to_stream(layer, everything), bare):
         raise not_understood(layer, "with all blocks silent it does more than with their projections at zero")
-    identity = torch.equal(bare, layer.stream)
+    with unfilled(layer.module):
+        identity = torch.equal(runs_to_stream(layer, everything), layer.stream)
     if not identity and dissection.whole and not carries(layer):
         raise not_understood(layer, "with all its projections at zero its stream does not get through")
     return identity

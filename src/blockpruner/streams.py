@@ -184,7 +184,8 @@ class _Reader:
         stream = dict(call.inputs())[watch.layer.hidden].clone()  # layers may change what they are given
         for count in watch.places():
             if count < len(watch.left):
-                self._reached(watch, count, self._state(watch, count, call, stream, module) if count else stream)
+                inner = count or watch.layer.filled
+                self._reached(watch, count, self._state(watch, count, call, stream, module) if inner else stream)
 
     def _leave(self, watch: _Watch, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         if not self._inside and len(watch.left) in watch.ends:

@@ -165,9 +165,8 @@ def _dense(
     try:
         return opened(named.name, dtype, device, revision, remote, pickle)
     except (InputError, MachineError) as error:
-        raise type(error)(
-            f"{plan} is for {named.name!r}: {error.what}", fix="name the whole model with --dense"
-        ) from error
+        fix = f"{error.fix}; the whole model can be named with --dense"
+        raise type(error)(f"{plan} is for {named.name!r}: {error.what}", fix=fix) from error
 
 
 @verb(
