@@ -20,9 +20,11 @@ from typing import Any
 
 from blockpruner.blocks import Mask, format_mask
 from blockpruner.console import Progress
-from blockpruner.data import read_data
+from blockpruner.data import identity, read_data
+from blockpruner.evaluations import Evaluations
+from blockpruner.journal import Journal
 from blockpruner.models import load
-from blockpruner.pipeline import at_random, measured, prepared
+from blockpruner.pipeline import at_random, prepared
 from blockpruner.plan import Plan
 from blockpruner.planning import find_plan
 from blockpruner.recipe import Recipe, names
@@ -69,7 +71,7 @@ def main() -> None:
         "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
         "model": subject.identity.model_dump(mode="json"),
         "rule": (__doc__ or "").split("\n\n")[2],
-        **compared(subject, {name: tasks[name] for name in wanted}, plans, options.data),
+        **compared(subject, {name: tasks[name] for name in wanted}, plans, options),
     }
     options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
@@ -94,20 +96,33 @@ def ablation(fields: dict[str, Any], data: Path) -> Recipe:
     return scaled(Recipe.read("blockpruner"), data).changed(**fields)
 
 
-def compared(subject: Subject, tasks: dict[str, Recipe], plans: dict[str, Plan], data: Path) -> dict[str, Any]:
-    """Held-back losses of all plans, and of what they are compared with, in one sweep."""
+def compared(
+    subject: Subject, tasks: dict[str, Recipe], plans: dict[str, Plan], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Held-back losses of all plans, and of what they are compared with, in one sweep with a journal of its own."""
+    data: Path = options.data
     first = prepared(scaled(Recipe.read("blockpruner"), data), subject)
     layers = prepared(scaled(Recipe.read("sleb"), data), subject)
     masks: dict[str, Mask] = {"dense": frozenset()}
     masks |= {f"{name}, blocks": mask for name, mask in at_random(first).items()}
     masks |= {f"{name}, layers": mask for name, mask in at_random(layers).items()}
     masks |= {name: plan.mask() for name, plan in plans.items()}
-    held_out = read_data(subject, f"{data / C4}[200:300]", first.objective.measure, tokens=4096, window=512)
-    once = {format_mask(mask): mask for mask in masks.values()}
-    losses = measured(first, held_out, once)
+    measure = first.objective.measure
+    held_out = read_data(subject, f"{data / C4}[200:300]", measure, tokens=4096, window=512)
+    objective = held_out.objective(subject, measure)
+    with Journal.open(options.runs / "evaluation.jsonl", identity(subject, held_out, objective, 0)) as journal:
+        losses = Evaluations(objective, journal, Progress(), len(masks) * objective.batches).losses(
+            masks.values(), "measuring"
+        )
+    whole, outline = subject.identity.parameters, subject.anatomy.outline
     rows: dict[str, Any] = {}
     for name, mask in masks.items():
-        rows[name] = losses[format_mask(mask)].model_dump(mode="json")
+        loss = losses[mask]
+        rows[name] = {
+            "removed": format_mask(mask),
+            "parameters": whole - outline.removed_parameters(mask),
+            "loss": loss.model_dump(mode="json") if loss else None,
+        }
         if name in plans:
             plan, recipe = plans[name], tasks[name]
             rows[name] |= {

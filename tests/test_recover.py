@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from labs import made
+from labs import examples, made
+from toys import Toy, additive
 from transformers import AutoModelForCausalLM
 
 import blockpruner as bp
@@ -21,13 +22,16 @@ from blockpruner.anatomy import read_anatomy
 from blockpruner.blocks import Block, parse_mask
 from blockpruner.closed_form import WORSE
 from blockpruner.commands import making
+from blockpruner.criteria.cosine import Cosine
+from blockpruner.criterion import Lab
 from blockpruner.errors import InputError
 from blockpruner.evaluation.quality import load_text
+from blockpruner.evaluations import Evaluations
 from blockpruner.gaps import UNREPAIRED, Repair, gaps
 from blockpruner.mending import mend
 from blockpruner.models import identify, load
 from blockpruner.plan import Plan
-from blockpruner.probing import fillings, unfilled
+from blockpruner.probing import fillings, first_tensor, recorded, unfilled
 from blockpruner.recipe import Text
 from blockpruner.recoveries.bias import Bias
 from blockpruner.recovery import GapRecord, RecoveryRecord
@@ -265,6 +269,8 @@ def test_a_recovered_model_can_be_pruned_again_and_keeps_what_was_won(run, bette
     masked = bp.evaluate(loaded.model, tokenizer, data=str(prose), masks=masks, **TEXT).contestants[1]
     assert less["loss"]["value"] == pytest.approx(masked.loss.value, abs=1e-5)
     assert less["parameters"] == masked.parameters
+    said = run("inspect", "less", *FLOAT32).out
+    assert "which stays: model.layers.1, model.layers.3." in said
     held = json.loads(Path("less/config.json").read_text())["blockpruner"]["modules"]
     assert sum("replacement" in spec for spec in held.values()) == len(record.gaps)
 
@@ -336,6 +342,22 @@ def test_replacements_can_be_taken_out_for_a_while():
         assert torch.equal(model(**inputs).logits, with_it)
     assert list(model.state_dict()) == list(kept)
     assert list(fillings(model)) == ["model.layers.1.self_attn"]
+
+
+def test_a_criterion_sees_what_a_block_adds_beside_what_stands_in_the_other_s_place():
+    model, anatomy, _ = filled("causal/llama", "attention.1")
+    text = examples(model)
+    move = bp.Move.of(Block("mlp", 1))
+    lab = Lab(model, anatomy, text, Evaluations(Toy(additive({}))))
+    found: Any = Cosine().scores(lab, [move])[move]
+    states = []
+    with torch.no_grad(), recorded({"": model.model.layers[1]}) as calls:
+        for mask in (frozenset(), move.blocks):
+            with silenced(model, anatomy, mask):
+                model(**text.inputs)
+            after: Any = first_tensor(calls[""][-1].output)
+            states.append(after.double())
+    assert found.value == pytest.approx(float(1 - torch.cosine_similarity(*states, dim=-1).mean()), rel=1e-4)
 
 
 def test_the_shell_and_python_have_the_same_defaults():

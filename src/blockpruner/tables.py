@@ -58,6 +58,8 @@ def print_anatomy(subject: Subject) -> None:
     print(f"{len(parts)} blocks, all proved: removing one equals setting its last projection to zero, bit for bit.")
     if not all(layer.identity for stack in subject.anatomy.stacks for layer in stack.layers):
         print("Norms or scales stand on the residual stream: they stay with a layer, and leave with its last block.")
+    if filled := [layer.path for stack in subject.anatomy.stacks for layer in stack.layers if layer.filled]:
+        print(f"A recovery put something in the place of blocks that are gone, which stays: {', '.join(filled)}.")
     if kept := sorted(subject.anatomy.outline.kept, key=lambda block: block.order):
         print(f"Others need what these make, so removing them saves nothing: {', '.join(map(str, kept))}.")
     for path, reason in subject.anatomy.left.items():

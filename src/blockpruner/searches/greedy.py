@@ -8,6 +8,8 @@ from blockpruner.errors import InputError
 from blockpruner.racing import Earlier, Race
 from blockpruner.searching import DENSE, Chosen, Problem, Proposals, Values, lowest
 
+STEPS = 4  # back, for which values are held: what came before is in the estimates of these
+
 
 @dataclass(frozen=True)
 class Greedy:
@@ -45,7 +47,7 @@ class Greedy:
             outcome = yield from race.run(problem, tuple(moves), before=before)
             scores = {move: outcome.estimates[gone] for gone, move in moves.items()}
             mask = outcome.kept[0] if outcome.kept else mask | lowest(scores).blocks  # which fails, and says why
-            past.insert(0, {move: outcome.values[gone] for gone, move in moves.items()})
+            past = [{move: outcome.values[gone] for gone, move in moves.items()}, *past[: STEPS - 1]]
             steps += 1
             if problem.reached(mask, steps):
                 yield (mask,)

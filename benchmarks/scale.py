@@ -1,0 +1,125 @@
+"""What searches cost on large models, from counted work: makes docs/scale.md.
+
+    python benchmarks/scale.py
+
+The searches are rehearsed on tiny models of the same depth as the large ones; their counts are multiplied by the sizes
+of these. The law of the rehearsal's losses was measured on a small real model (`rehearsal.py`), so that what races save
+is an extrapolation; the counts of the other searches are not.
+"""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from growth import WINDOW, objective
+from racing import published
+
+from blockpruner import driver
+from blockpruner.artifacts import Work
+from blockpruner.moves import Target
+from blockpruner.rehearsal import Rehearsal
+from blockpruner.searches.exhaustive import Exhaustive
+from blockpruner.searches.greedy import Greedy
+from blockpruner.searching import Problem
+
+TOKENS = 32768
+SHARE = 0.4  # of a card's peak that a forward pass reaches
+CARDS = {"A100 (312 TFLOP/s in bfloat16)": 312e12, "H100 SXM (989 TFLOP/s in bfloat16)": 989e12}
+PAGE = Path("docs/scale.md")
+
+
+@dataclass(frozen=True)
+class Large:
+    """Shapes of a public model, from its configuration file. layer: parameters of one; removed: blocks."""
+
+    name: str
+    layers: int
+    layer: float
+    hidden: int
+    vocabulary: int
+    removed: int
+
+    @property
+    def parameters(self) -> float:
+        return self.layers * self.layer + 2 * self.hidden * self.vocabulary
+
+
+MODELS = (
+    Large("Llama-2-7B", 32, 202.4e6, 4096, 32000, 17),
+    Large("Llama-3.1-70B", 80, 855.7e6, 8192, 128256, 40),
+    Large("Llama-3.1-405B", 126, 3187.7e6, 16384, 128256, 63),
+)
+
+
+def main() -> None:
+    tables: list[str] = []
+    for large in MODELS:
+        ready = objective(large.layers, TOKENS)
+        outline = ready.anatomy.outline
+        problem = Problem(outline, "block", Target.parse(f"blocks={large.removed}"), sizes=ready.sizes)
+        works = {"published loop": published(ready, large.removed)}
+        for name, search in (("`exhaustive`", Exhaustive()), ("`greedy`", Greedy())):
+            works[name] = driver.run(search, problem, Rehearsal(ready)).work
+            print(large.name, name, flush=True)
+        tables.append(table(large, works))
+    PAGE.write_text(page(tables), encoding="utf-8")
+
+
+def operations(large: Large, work: Work) -> float:
+    """Two per parameter and token, of half a layer for each block, and of the head."""
+    blocks = work.attention_tokens + work.mlp_tokens
+    return 2 * (blocks * large.layer / 2 + work.head_tokens * large.hidden * large.vocabulary)
+
+
+def table(large: Large, works: dict[str, Work]) -> str:
+    """One model: counts, operations, hours."""
+    heads = " | ".join(f"hours, one {card}" for card in CARDS)
+    rows = [
+        f"### {large.name}: {large.removed} of {2 * large.layers} blocks, {TOKENS:,} tokens",
+        "",
+        f"| search | block-tokens | head-tokens | 10^18 operations | {heads} |",
+        "| --- | ---: | ---: | ---: |" + " ---: |" * len(CARDS),
+    ]
+    for name, work in works.items():
+        total = operations(large, work)
+        hours = " | ".join(f"{total / (SHARE * peak) / 3600:,.1f}" for peak in CARDS.values())
+        blocks = work.attention_tokens + work.mlp_tokens
+        rows.append(f"| {name} | {blocks:.3g} | {work.head_tokens:.3g} | {total / 1e18:,.3g} | {hours} |")
+    state, prefixes = 2 * large.hidden / 2**20, 2 * large.layers
+    weights, stack = 2 * large.parameters / 1e9, 2 * large.layers * large.layer / 1e9
+    rows += [
+        "",
+        f"Weights in bfloat16: {weights:,.0f} GB. A prefix has a state of {state * WINDOW:.1f} MiB per {WINDOW} tokens;",
+        f"the first look of a step (1,024 tokens, at most {prefixes} prefixes) holds",
+        f"{state * 1024 * prefixes / 1024:.1f} GiB of them, in memory or, beyond `--memory`, on disk.",
+        f"With `--stream` every look reads the layers' weights once: {stack:,.0f} GB.",
+    ]
+    return "\n".join(rows)
+
+
+def page(tables: list[str]) -> str:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    cards = "; ".join(f"{card}, NVIDIA's data sheet, dense" for card in CARDS)
+    return f"""# What a search costs on large models
+
+Made by `python benchmarks/scale.py` (commit {commit[:12]}). Counts come from searches that are rehearsed on models of
+the same depth; a layer counts two operations per parameter and token, attention over {WINDOW} tokens of context is left
+out (under 2 %). Hours assume that a forward pass reaches {SHARE:.0%} of the card's peak
+({cards}).
+Neither hours nor that share were measured: no such card was at hand. The published loop evaluates every candidate on
+every token with a full pass; `exhaustive` shares prefixes; `greedy` races, and what races save is extrapolated from a
+model of 270 million parameters.
+
+{(chr(10) * 2).join(tables)}
+
+## Larger than memory, more than one machine
+
+`--stream` keeps the weights on disk and reads each layer once for all the masks of a request; `--memory` bounds the
+states. `--workers N` (or `--ray auto`) gives each process its own copy of the weights, so it is for models that fit on
+one card or in one machine's memory. Both change no plan. Fewer tokens are the cheapest saving of all: `--dry-run` says
+the price.
+"""
+
+
+if __name__ == "__main__":
+    main()
