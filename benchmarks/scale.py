@@ -89,7 +89,7 @@ def table(large: Large, works: dict[str, Work]) -> str:
     weights, stack = 2 * large.parameters / 1e9, 2 * large.layers * large.layer / 1e9
     rows += [
         "",
-        f"Weights in bfloat16: {weights:,.0f} GB. A prefix has a state of {state * WINDOW:.1f} MiB per {WINDOW} tokens;",
+        f"Weights in bfloat16: {weights:,.0f} GB. A prefix has {state * WINDOW:.1f} MiB per {WINDOW} tokens;",
         f"the first look of a step (1,024 tokens, at most {prefixes} prefixes) holds",
         f"{state * 1024 * prefixes / 1024:.1f} GiB of them, in memory or, beyond `--memory`, on disk.",
         f"With `--stream` every look reads the layers' weights once: {stack:,.0f} GB.",
