@@ -151,7 +151,7 @@ def regressors_of(regressor: Regressor, model: PreTrainedModel, gap: Gap) -> tup
 
 def ridges(ridge: Ridge) -> tuple[float, ...]:
     """Those to try."""
-    return (ridge,) if isinstance(ridge, float) else RIDGES
+    return RIDGES if ridge == "auto" else (float(ridge),)
 
 
 def chosen(sums: Sums, given: Given, form: ClosedForm, what: str) -> Fitted:

@@ -110,7 +110,7 @@ def quote(task: Task) -> Price:
     return Price(result.evaluations, result.work, passes, seconds)
 
 
-def _rehearsed(task: Task) -> tuple[SearchResult, float]:
+def _rehearsed(task: Task, budget: int | None = None) -> tuple[SearchResult, float]:
     """The search on an objective that costs nothing, and the passes that its criterion would take."""
     passes: list[float] = []
 
@@ -122,7 +122,8 @@ def _rehearsed(task: Task) -> tuple[SearchResult, float]:
 
         return free
 
-    return driver.run(task.search, task.problem, Rehearsal(task.objective), scorer=scorer), sum(passes)
+    result = driver.run(task.search, task.problem, Rehearsal(task.objective), budget=budget, scorer=scorer)
+    return result, sum(passes)
 
 
 def find_plan(
@@ -150,7 +151,7 @@ def find_plan(
             journal=journal,
             progress=progress,
             budget=budget,
-            looks=_rehearsed(task)[0].looks if progress else None,
+            looks=_rehearsed(task, budget)[0].looks if progress else None,
             scorer=task.scorer(Notes(journal), progress),
         )
         plan = Plan.from_search(

@@ -17,7 +17,7 @@ from blockpruner.blocks import Mask
 from blockpruner.permutations import shuffled
 from blockpruner.searching import Pieces, Problem, Values
 
-FEWEST = 8  # pieces that are seen before anything leaves
+FEWEST, BATCHES = 8, 2  # pieces and micro-batches that are seen before anything leaves
 GROWTH = 1.5  # of what is seen from one look to the next
 
 
@@ -33,9 +33,12 @@ class Difference:
     freedom: float
 
     def margin(self, alpha: float) -> float:
-        """How far the truth may be on one side of the value, but for a share `alpha` of all cases (Student's t)."""
+        """How far the truth may be on one side of the value, but for a share `alpha` of all cases (Student's t).
+
+        Pieces that all differ by the same say nothing of the others, so that the margin is then infinite.
+        """
         if not self.stderr:
-            return 0.0
+            return 0.0 if self.freedom == math.inf else math.inf
         from scipy.special import stdtrit
 
         return float(stdtrit(self.freedom, 1 - alpha)) * self.stderr
@@ -67,6 +70,8 @@ def difference(steps: Sequence[tuple[Values, Values]], total: int, alpha: float 
 
 def _mean(values: Sequence[float], total: int) -> Difference:
     size = len(values)
+    if size == total:
+        return Difference(fmean(values), 0.0, math.inf)
     return _estimated(fmean(values), _squares(values) / max(1, size - 1) * (1 / size - 1 / total), size - 1)
 
 
@@ -79,7 +84,7 @@ def _through(now: Sequence[float], then: Sequence[float], before: Difference, to
     left = max(0.0, _squares(now) - slope**2 * squares) / (size - 2)
     variance = left * (1 / size - 1 / total) + (slope * before.stderr) ** 2
     value = fmean(now) + slope * (before.value - fmean(then))
-    return _estimated(value, variance, min(size - 2, before.freedom))
+    return _estimated(value, variance if left else 0.0, min(size - 2, before.freedom))
 
 
 def _squares(values: Sequence[float]) -> float:
@@ -89,7 +94,7 @@ def _squares(values: Sequence[float]) -> float:
 
 
 def _estimated(value: float, variance: float, freedom: float) -> Difference:
-    return Difference(value, math.sqrt(max(0.0, variance)), freedom if variance > 0 else math.inf)
+    return Difference(value, math.sqrt(max(0.0, variance)), freedom)
 
 
 @dataclass(frozen=True)
@@ -115,10 +120,11 @@ Running = Generator[Pieces, Any, Outcome]
 class Race:
     """With probability at least 1 - delta, none that was left out is better than the kept by more than epsilon.
 
-    A mask leaves when it is shown to be worse than the last of those to be kept, and the race ends when none of the
-    rest is shown to be better than that by epsilon, or all were seen on everything, and so are known. delta is spread
-    evenly over masks and rounds (union bound); each comparison has a t interval, which is exact for normal means:
-    benchmarks/racing_simulation.py counts errors on recorded losses.
+    A mask leaves when it is shown to be worse than all that are to be kept, and the race ends when none of the rest may
+    be better than one of them by epsilon, or all were seen on everything, and so are known. delta is spread evenly over
+    comparisons and rounds (union bound); each has a t interval, which is exact for independent pieces and normal means.
+    Neither holds for text: pieces of one window resemble each other, so that long windows make errors more frequent;
+    benchmarks/racing_simulation.py counts them on recorded losses.
     """
 
     epsilon: float = 0.003
@@ -133,17 +139,16 @@ class Race:
         """
         order = shuffled(problem.batches, self.seed, "race")
         stops, total = _rounds([problem.sizes[batch] for batch in order]), sum(problem.sizes)
-        alpha = self.delta / max(1, (len(masks) - keep) * len(stops))
+        alpha = self.delta / max(1, keep * (len(masks) - keep) * len(stops))
         held: dict[Mask, Values] = dict.fromkeys(masks, ())
-        running, apart = tuple(masks), dict[Mask, Difference]()
+        running = tuple(masks)
         for start, stop in pairwise([0, *stops]):
             found = yield Pieces(running, order[start:stop])
             held |= {mask: held[mask] + found[mask] for mask in running}
             finite = [mask for mask in running if all(map(math.isfinite, held[mask]))]
             ranked = sorted(finite, key=lambda mask: fmean(held[mask]))
             kept, rest = ranked[:keep], ranked[keep:]
-            apart = {mask: _apart(mask, kept[-1], held, total, before, alpha) for mask in rest}
-            below = {mask: each.value - each.margin(alpha) for mask, each in apart.items()}
+            below = {mask: _below(mask, kept, held, total, before, alpha) for mask in rest}
             running = (*kept, *(mask for mask in rest if below[mask] <= 0))
             if all(low > -self.epsilon for low in below.values()):
                 break
@@ -159,17 +164,26 @@ def _rounds(sizes: Sequence[int]) -> list[int]:
     stops, seen, goal = list[int](), 0, FEWEST
     for count, size in enumerate(sizes, 1):
         seen += size
-        if seen >= goal or count == len(sizes):
+        if (seen >= goal and count >= BATCHES) or count == len(sizes):
             stops.append(count)
             goal = GROWTH * seen
     return stops
 
 
+def _below(
+    mask: Mask, kept: Sequence[Mask], held: Mapping[Mask, Values], total: int, before: Earlier, alpha: float
+) -> float:
+    """By how much `mask` is worse than each of `kept` at the least."""
+    apart = (_apart(mask, other, held, total, before, alpha) for other in kept)
+    return min(each.value - each.margin(alpha) for each in apart)
+
+
 def _apart(
     mask: Mask, last: Mask, held: Mapping[Mask, Values], total: int, before: Earlier, alpha: float = 0.05
 ) -> Difference:
-    steps = [held, *before]
-    return difference([(step[mask], step[last]) for step in steps if mask in step and last in step], total, alpha)
+    pairs = [(step[mask], step[last]) for step in (held, *before) if mask in step and last in step]
+    finite = [pair for pair in pairs if all(map(math.isfinite, (*pair[0], *pair[1])))]
+    return difference(finite, total, alpha)
 
 
 def _estimate(

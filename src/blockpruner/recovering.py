@@ -17,7 +17,7 @@ from blockpruner.recovery import Bench, Recovery, RecoveryRecord
 from blockpruner.registry import format_method
 from blockpruner.searching import DENSE, Progress
 
-HELD_OUT = 5  # where no other text is given, every fifth window is held out
+HELD_OUT = 5  # where no other text is given, the last fifth of the windows is held out
 
 
 def recover(

@@ -85,5 +85,5 @@ def _grown(problem: Problem, beams: dict[Mask, Path], losses: Losses) -> dict[Ma
     for mask, path in beams.items():
         scores = {move: losses[mask | move.blocks] for move in problem.moves(mask)}
         for move in scores:
-            grown.setdefault(mask | move.blocks, (*path, Chosen(move, scores)))
+            grown.setdefault(mask | move.blocks, (*path, Chosen(move, scores, loss=scores[move])))
     return grown

@@ -34,7 +34,8 @@ class Evolution:
     generations * (offspring * first + 3 * second) + all. Nothing is decided before the end: what is stopped earlier
     leaves no plan, and goes on from its journal when it is run again.
 
-    race: offspring and parent race (see `racing`) instead of these two looks; all of these are then on the same data.
+    race: offspring and parent race (see `racing`) instead of these two looks; the parent then gives way to an offspring
+    that is worse by epsilon at the most.
 
     EvoPress is `equal=True` with the KL objective; micro-batches are of about 512 tokens. Ours: free counts, other
     moves, params targets, the evaluation at the end, and that the second look avoids the data of the first if it can.
@@ -68,7 +69,8 @@ class Evolution:
             batches = self._batches(problem, generation)
             children = self._children(problem, parent, generation)
             if children and self.race:
-                outcome = yield from Race(seed=self.seed).run(problem, (*children, _gone(parent)))
+                race = Race(seed=number(self.seed, "race", generation))
+                outcome = yield from race.run(problem, (*children, _gone(parent)))
                 parent = children.get(outcome.kept[0], parent) if outcome.kept else parent
             elif children:
                 losses = yield Partly(tuple(children), batches[: self.first])

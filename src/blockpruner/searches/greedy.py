@@ -50,7 +50,8 @@ class Greedy:
             past = [{move: outcome.values[gone] for gone, move in moves.items()}, *past[: STEPS - 1]]
             steps += 1
             if problem.reached(mask, steps):
-                yield (mask,)
+                losses = yield (mask,)
+                lowest({moves[mask]: losses[mask]})  # fails if it is not finite on everything
             best, ties = moves[mask], tuple(moves[tie] for tie in outcome.ties)
             yield Chosen(best, scores, ties, scores[best])
 
