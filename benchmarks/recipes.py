@@ -13,10 +13,11 @@ on after an interruption.
 
 import argparse
 import json
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from search_cost import commit
 
 from blockpruner.blocks import Mask, format_mask
 from blockpruner.console import Progress
@@ -67,7 +68,7 @@ def main() -> None:
         plans[name] = find_plan(prepared(tasks[name], subject), folder, Progress())
     figures = {
         "command": 'python benchmarks/recipes.py --data "$BLOCKPRUNER_DATA" --json experiments/recipes.json',
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
         "model": subject.identity.model_dump(mode="json"),
         "rule": (__doc__ or "").split("\n\n")[2],

@@ -3,16 +3,16 @@
     python benchmarks/scale.py
 
 The searches are rehearsed on tiny models of the same depth as the large ones; their counts are multiplied by the sizes
-of these. The law of the rehearsal's losses was measured on a small real model (`rehearsal.py`), so that what races save
-is an extrapolation; the counts of the other searches are not.
+of these. The law of the rehearsal's losses is a guess after the first step of a small model (`rehearsal.py`), so that
+what races save is an extrapolation; the counts of the other searches are not.
 """
 
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from growth import WINDOW, objective
 from racing import published
+from search_cost import commit
 
 from blockpruner import driver
 from blockpruner.artifacts import Work
@@ -98,11 +98,10 @@ def table(large: Large, works: dict[str, Work]) -> str:
 
 
 def page(tables: list[str]) -> str:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     cards = "; ".join(f"{card}, NVIDIA's data sheet, dense" for card in CARDS)
     return f"""# What a search costs on large models
 
-Made by `python benchmarks/scale.py` (commit {commit[:12]}). Counts come from searches that are rehearsed on models of
+Made by `python benchmarks/scale.py` (commit {commit()[:12]}). Counts come from searches that are rehearsed on models of
 the same depth; a layer counts two operations per parameter and token, attention over {WINDOW} tokens of context is left
 out (under 2 %). Hours assume that a forward pass reaches {SHARE:.0%} of the card's peak
 ({cards}).

@@ -2,6 +2,8 @@
 
 import os
 import random
+import sys
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from blockpruner import cli
+
+Said = namedtuple("Said", ["code", "out", "err"])
 
 SAMPLE = (
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.\n\nA block is one residual branch of a layer; "
@@ -93,3 +99,24 @@ def data_folder():
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}; name one in BLOCKPRUNER_DATA")
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Runs a command in this process, in an empty folder; gives its exit code and what it printed in both ways."""
+    monkeypatch.setattr(cli, "catch_signals", lambda: None)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["blockpruner", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return Said(ended.value.code or 0, captured.out, captured.err)
+
+    return call

@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,27 +29,6 @@ from blockpruner.subject import open_subject
 
 APP: Any = typer.main.get_command(cli.app)
 FLOAT32 = ("--dtype", "float32", "--device", "cpu")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs a command in this process, in an empty folder; gives its exit code and what it printed."""
-    monkeypatch.setattr(cli, "catch_signals", lambda: None)
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["blockpruner", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return SimpleNamespace(code=ended.value.code or 0, out=captured.out, err=captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,13 @@
 """What a user gets: the public names, a wheel that is whole, and pruned checkpoints known to transformers."""
 
 import ast
+import itertools
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -50,6 +54,22 @@ def test_type_checkers_are_told_the_same_homes_as_the_interpreter():
 
 def test_no_public_name_is_also_a_module_which_would_take_its_place_once_imported():
     assert not set(blockpruner.__all__) & {path.stem for path in PACKAGE.iterdir()}
+
+
+def test_every_package_that_is_imported_is_asked_for():
+    """What is at hand only because something else brought it is missing where that is not installed."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    names = {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in asked} | {"blockpruner"}
+    homes, found = packages_distributions(), set[str]()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found |= {module.partition(".")[0] for module in modules}
+    foreign = found - sys.stdlib_module_names - {"blockpruner"}
+    missing = {name for name in foreign if not names & {h.lower().replace("_", "-") for h in homes.get(name, [name])}}
+    assert missing == {"pydantic_core"}, "which is pydantic's other half"
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -3,9 +3,7 @@
 import copy
 import inspect
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import blockpruner as bp
 from blockpruner import checkpoint as checkpoints
-from blockpruner import cli
 from blockpruner.anatomy import read_anatomy
 from blockpruner.blocks import Block, parse_mask
 from blockpruner.closed_form import WORSE
@@ -43,24 +40,6 @@ TEXT: dict[str, Any] = {"tokens": 512, "window": 16}  # what the model has learn
 WORDS = ("--tokens", 512, "--window", 16, *FLOAT32)
 REMOVED = ("mlp.1", "mlp.3")
 LINEAR = "linear:rank=8"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs a command in this process, in an empty folder; gives its exit code and what it printed."""
-    monkeypatch.setattr(cli, "catch_signals", lambda: None)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["blockpruner", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return SimpleNamespace(code=ended.value.code or 0, out=captured.out, err=captured.err)
-
-    return call
 
 
 @pytest.fixture

@@ -1,23 +1,25 @@
 """What every command is made of: the app, how a verb is registered, and what several verbs do alike."""
 
 import functools
+import inspect
 import json
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blockpruner.console import duration, say
 from blockpruner.errors import InputError
 from blockpruner.exits import errors_said
+from blockpruner.options import Loading
 
 if TYPE_CHECKING:
     from blockpruner.hands import Crew
     from blockpruner.planning import Price, Task
     from blockpruner.subject import Subject
 
-P = ParamSpec("P")
 DEFAULT_MEMORY = "1GiB"  # of states, for --stream without --memory
 
 app = typer.Typer(
@@ -31,19 +33,44 @@ app = typer.Typer(
 )
 
 
-def verb(example: str, name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """A subcommand whose help ends with an example, and whose every way to fail is a message and an exit code."""
+def verb(example: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A subcommand whose help ends with an example, and whose every way to fail is a message and an exit code.
 
-    def register(function: Callable[P, None]) -> Callable[P, None]:
-        @app.command(name, epilog=f"Example: {example}")
+    A parameter whose default is a dataclass (a group of `options`) stands for an option per field.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        groups: dict[str, Any] = {
+            p.name: p.default for p in inspect.signature(function).parameters.values() if is_dataclass(p.default)
+        }
+
         @functools.wraps(function)
-        def command(*args: P.args, **options: P.kwargs) -> None:
+        def command(**given: Any) -> None:
             with errors_said():
-                function(*args, **options)
+                for parameter, group in groups.items():
+                    given[parameter] = replace(group, **{field.name: given.pop(field.name) for field in fields(group)})
+                function(**given)
 
-        return command
+        signature = inspect.signature(function)
+        parts = [part for parameter in signature.parameters.values() for part in _parts(parameter)]
+        command.__dict__["__signature__"] = signature.replace(parameters=parts)
+        command.__annotations__ = {part.name: part.annotation for part in parts}
+        return app.command(name, epilog=f"Example: {example}")(command)
 
     return register
+
+
+def _parts(parameter: inspect.Parameter) -> list[inspect.Parameter]:
+    """The options that a parameter of a command stands for; all by name, so that their order is free."""
+    group = parameter.default
+    if not is_dataclass(group):
+        return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=getattr(group, field.name), annotation=field.type
+        )
+        for field in fields(group)
+    ]
 
 
 @app.callback(invoke_without_command=True)
@@ -64,15 +91,6 @@ def say_price(price: "Price", task: "Task") -> None:
     )
 
 
-def token_count(text: str) -> int | None:
-    """A number of tokens, or None for all there are."""
-    if text == "all":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"--tokens {text} is no number of tokens", fix="give a whole number above 0, or all")
-    return int(text)
-
-
 def stream_memory(stream: bool, memory: str | None, workers: int = 0) -> int | None:
     """How many bytes of states a streamed run holds in memory; None where nothing is streamed."""
     if stream and workers:
@@ -87,28 +105,22 @@ def stream_memory(stream: bool, memory: str | None, workers: int = 0) -> int | N
     return int(found[1]) * (1024 if "i" in found[2] else 1000) ** ("KMGT".index(found[2][0]) + 1)
 
 
-def opened(
-    model: str, dtype: str, device: str, revision: str | None, remote: bool, pickle: bool, memory: int | None = None
-) -> "Subject":
+def opened(model: str, how: Loading, memory: int | None = None) -> "Subject":
     """The model, proved; with `memory`, in bytes, one that is streamed."""
     from blockpruner.models import load
     from blockpruner.streaming import load_streamed
     from blockpruner.subject import open_subject
 
     say(f"loading {model}")
-    if memory is not None:
-        if pickle:
-            raise InputError("--stream reads safetensors, no pickles", fix="leave out --allow-pickle, or --stream")
-        loaded = load_streamed(model, dtype=dtype, device=device, revision=revision, allow_remote_code=remote)
-        return open_subject(loaded, memory)
-    return open_subject(
-        load(model, dtype=dtype, device=device, revision=revision, allow_remote_code=remote, allow_pickle=pickle)
-    )
+    common: Any = {"dtype": how.dtype, "device": how.device, "revision": how.revision}
+    if memory is None:
+        return open_subject(load(model, **common, allow_remote_code=how.remote, allow_pickle=how.pickle))
+    if how.pickle:
+        raise InputError("--stream reads safetensors, no pickles", fix="leave out --allow-pickle, or --stream")
+    return open_subject(load_streamed(model, **common, allow_remote_code=how.remote), memory)
 
 
-def crew_of(
-    workers: int, address: str | None, model: str, dtype: str, revision: str | None, remote: bool, pickle: bool
-) -> "Crew | None":
+def crew_of(workers: int, address: str | None, model: str, how: Loading) -> "Crew | None":
     """The workers that were asked for; None for none."""
     if not workers:
         if address:
@@ -116,7 +128,7 @@ def crew_of(
         return None
     from blockpruner.hands import Crew
 
-    return Crew(workers, model, address, dtype, revision, remote, pickle)
+    return Crew(workers, model, address, how.dtype, how.revision, how.remote, how.pickle)
 
 
 def print_json(value: object) -> None:

@@ -7,6 +7,7 @@ the same decisions follow.
 from collections.abc import Callable
 from typing import Any
 
+from blockpruner.blocks import Mask
 from blockpruner.errors import CheckFailedError, InputError
 from blockpruner.evaluations import Evaluations
 from blockpruner.journal import Journal
@@ -56,8 +57,8 @@ def run(
     scorer: makes what scores moves for searches that ask a criterion; it may evaluate masks, which count as well.
     CheckFailedError if the dense loss is not finite. Ctrl-C before the dense loss is known is passed on.
     """
-    most = price(search, problem) if budget is None else min(price(search, problem), budget)
-    sweeps = Evaluations(objective, journal, progress, looks or most * objective.batches)
+    most = objective.batches * (price(search, problem) if budget is None else min(price(search, problem), budget))
+    sweeps = Evaluations(objective, journal, progress, most if looks is None else min(looks, most))
     dense = sweeps.losses((DENSE,), "dense model")[DENSE]
     if dense is None:
         raise CheckFailedError("the loss of the dense model is not a finite number", fix="load it with --dtype float32")
@@ -90,19 +91,22 @@ def _follow(
                 if scorer is None:
                     raise InputError(f"{search.title} ranks moves by a criterion", fix="name one with --criterion")
                 answer = scorer(gone, moves)
-            case Partly(masks, batches):
+            case wanted:
+                masks = wanted if isinstance(wanted, tuple) else wanted.masks
                 if budget is not None and sweeps.evaluated(masks) > budget:
                     return Stop.BUDGET
-                answer = sweeps.partly(masks, batches, f"{message}, {len(masks)} masks")
-            case Pieces(masks, batches):
-                if budget is not None and sweeps.evaluated(masks) > budget:
-                    return Stop.BUDGET
-                answer = sweeps.pieces(masks, batches, f"{message}, {len(masks)} masks")
-            case masks:
-                if budget is not None and sweeps.evaluated(masks) > budget:
-                    return Stop.BUDGET
-                answer = sweeps.losses(masks, f"{message}, {len(masks)} masks")
+                answer = _evaluated(wanted, sweeps, f"{message}, {len(masks)} masks")
     return Stop.TARGET if problem.reached(mask, len(steps)) else Stop.NO_MOVES
+
+
+def _evaluated(wanted: tuple[Mask, ...] | Partly | Pieces, sweeps: Evaluations, message: str) -> Any:
+    match wanted:
+        case Partly(masks, batches):
+            return sweeps.partly(masks, batches, message)
+        case Pieces(masks, batches):
+            return sweeps.pieces(masks, batches, message)
+        case masks:
+            return sweeps.losses(masks, message)
 
 
 def _tell(proposals: Proposals, answer: Any) -> Request | None:

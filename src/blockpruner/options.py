@@ -1,9 +1,15 @@
-"""The options that several commands of the command line share."""
+"""The options that several commands of the command line share; a command takes those of a group as one parameter."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from blockpruner.errors import InputError
+
+if TYPE_CHECKING:
+    from blockpruner.calibration import TextOptions
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub name, folder, .gguf file, or `demo`.")]
 Run = Annotated[
@@ -33,3 +39,48 @@ Bos = Annotated[str, typer.Option(help="BOS once per stream, once per window, no
 Split = Annotated[str | None, typer.Option(help="Split of a hub data set.")]
 Column = Annotated[str | None, typer.Option(help="Column that holds the text.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+
+
+@dataclass(frozen=True)
+class Text:
+    """How text becomes windows."""
+
+    tokens: Tokens = "16384"
+    window: Window = None
+    bos: Bos = "auto"
+    split: Split = None
+    column: Column = None
+
+    def options(self) -> "TextOptions":
+        return {
+            "tokens": token_count(self.tokens),
+            "window": self.window,
+            "bos": self.bos,
+            "split": self.split,
+            "column": self.column,
+        }
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is opened."""
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    revision: Revision = None
+    remote: RemoteCode = False
+    pickle: Pickle = False
+
+
+# The defaults of a command are those of an instance of its own; prune and recover keep to what the files hold.
+TEXT = Text()
+LOADING, STORED, ON_CPU = Loading(), Loading(dtype="stored"), Loading(dtype="stored", device="cpu")
+
+
+def token_count(text: str) -> int | None:
+    """A number of tokens, or None for all there are."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--tokens {text} is no number of tokens", fix="give a whole number above 0, or all")
+    return int(text)

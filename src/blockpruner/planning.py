@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Unpack
 
@@ -27,7 +28,7 @@ from blockpruner.searching import DENSE, Problem, Progress, Scorer, Scores, Sear
 from blockpruner.subject import Subject
 from blockpruner.workers import spread
 
-# What searches see of the data at once, and how fine: a race begins with two such micro-batches, of 4 values each.
+# What searches see of the data at once, or one window if that is longer, and how fine: races begin with two of these.
 BATCH_TOKENS, SEGMENT = 512, 128
 
 
@@ -55,6 +56,21 @@ class Task:
             return scorer
 
         return make
+
+    @cached_property
+    def rehearsed(self) -> tuple[SearchResult, float]:
+        """The search on an objective that costs nothing, and the passes that its criterion would take."""
+        passes: list[float] = []
+
+        def scorer(evaluations: Evaluations) -> Scorer:
+            def free(mask: Mask, moves: Sequence[Move]) -> Scores:
+                lab = Lab(self.subject.model, self.subject.anatomy, self.data.examples, evaluations, mask=mask)
+                passes.append(self.criterion.cost(lab, moves))
+                return dict.fromkeys(moves, Estimate(value=0.0, stderr=None, n=0, unit="nothing"))
+
+            return free
+
+        return driver.run(self.search, self.problem, Rehearsal(self.objective), scorer=scorer), sum(passes)
 
 
 def prepare(
@@ -104,26 +120,10 @@ class Price:
 
 def quote(task: Task) -> Price:
     """The price of a search, said before it starts. Cost: one timed pass over one micro-batch."""
-    result, passes = _rehearsed(task)
+    result, passes = task.rehearsed
     once = sum((task.objective.work([DENSE], batch) for batch in range(task.objective.batches)), Work())
     seconds = task.objective.seconds(result.work) + passes * task.objective.seconds(once)
     return Price(result.evaluations, result.work, passes, seconds)
-
-
-def _rehearsed(task: Task, budget: int | None = None) -> tuple[SearchResult, float]:
-    """The search on an objective that costs nothing, and the passes that its criterion would take."""
-    passes: list[float] = []
-
-    def scorer(evaluations: Evaluations) -> Scorer:
-        def free(mask: Mask, moves: Sequence[Move]) -> Scores:
-            lab = Lab(task.subject.model, task.subject.anatomy, task.data.examples, evaluations, mask=mask)
-            passes.append(task.criterion.cost(lab, moves))
-            return dict.fromkeys(moves, Estimate(value=0.0, stderr=None, n=0, unit="nothing"))
-
-        return free
-
-    result = driver.run(task.search, task.problem, Rehearsal(task.objective), budget=budget, scorer=scorer)
-    return result, sum(passes)
 
 
 def find_plan(
@@ -151,7 +151,7 @@ def find_plan(
             journal=journal,
             progress=progress,
             budget=budget,
-            looks=_rehearsed(task, budget)[0].looks if progress else None,
+            looks=task.rehearsed[0].looks if progress else None,
             scorer=task.scorer(Notes(journal), progress),
         )
         plan = Plan.from_search(

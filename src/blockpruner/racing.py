@@ -72,7 +72,8 @@ def _mean(values: Sequence[float], total: int) -> Difference:
     size = len(values)
     if size == total:
         return Difference(fmean(values), 0.0, math.inf)
-    return _estimated(fmean(values), _squares(values) / max(1, size - 1) * (1 / size - 1 / total), size - 1)
+    variance = _squares(values) / max(1, size - 1) * (1 / size - 1 / total)
+    return Difference(fmean(values), math.sqrt(variance), size - 1)
 
 
 def _through(now: Sequence[float], then: Sequence[float], before: Difference, total: int) -> Difference:
@@ -84,7 +85,7 @@ def _through(now: Sequence[float], then: Sequence[float], before: Difference, to
     left = max(0.0, _squares(now) - slope**2 * squares) / (size - 2)
     variance = left * (1 / size - 1 / total) + (slope * before.stderr) ** 2
     value = fmean(now) + slope * (before.value - fmean(then))
-    return _estimated(value, variance if left else 0.0, min(size - 2, before.freedom))
+    return Difference(value, math.sqrt(variance) if left else 0.0, min(size - 2, before.freedom))
 
 
 def _squares(values: Sequence[float]) -> float:
@@ -93,16 +94,12 @@ def _squares(values: Sequence[float]) -> float:
     return math.fsum((value - mean) ** 2 for value in values)
 
 
-def _estimated(value: float, variance: float, freedom: float) -> Difference:
-    return Difference(value, math.sqrt(max(0.0, variance)), freedom)
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a race ended in.
 
-    kept: the masks that won, best first; ties: those that were not shown to be worse than the last of them, only not
-    to be better by more than epsilon; values: of every mask, on the pieces it was seen on, in one order; estimates: of
+    kept: the masks that won, best first; ties: those that were not shown to be worse than all of them, only not to be
+    better by more than epsilon; values: of every mask, on the pieces it was seen on, in one order; estimates: of
     the mean over all pieces, None where a value is not finite.
     """
 
@@ -123,8 +120,8 @@ class Race:
     A mask leaves when it is shown to be worse than all that are to be kept, and the race ends when none of the rest may
     be better than one of them by epsilon, or all were seen on everything, and so are known. delta is spread evenly over
     comparisons and rounds (union bound); each has a t interval, which is exact for independent pieces and normal means.
-    Neither holds for text: pieces of one window resemble each other, so that long windows make errors more frequent;
-    benchmarks/racing_simulation.py counts them on recorded losses.
+    Neither quite holds for text: pieces of one window resemble each other, so that long windows make errors more
+    frequent (benchmarks/racing_simulation.py is there to count them on recorded losses).
     """
 
     epsilon: float = 0.003

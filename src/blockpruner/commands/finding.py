@@ -6,29 +6,23 @@ from typing import Annotated
 
 import typer
 
-from blockpruner.command import crew_of, opened, print_json, say_price, stream_memory, token_count, verb
+from blockpruner.command import crew_of, opened, print_json, say_price, stream_memory, verb
 from blockpruner.console import Progress, duration, say
 from blockpruner.options import (
-    Bos,
+    LOADING,
+    TEXT,
     Cluster,
-    Column,
-    Device,
-    Dtype,
     Json,
+    Loading,
     Memory,
     Model,
     Objective,
-    Pickle,
     Protect,
-    RemoteCode,
-    Revision,
     Run,
     Seed,
     Source,
-    Split,
     Stream,
-    Tokens,
-    Window,
+    Text,
     Workers,
 )
 
@@ -36,17 +30,13 @@ from blockpruner.options import (
 @verb("blockpruner inspect demo")
 def inspect(
     model: Model,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    revision: Revision = None,
-    remote: RemoteCode = False,
-    pickle: Pickle = False,
+    loading: Loading = LOADING,
     as_json: Json = False,
 ) -> None:
     """Show every block of a model. Where it is, how large, what it costs, and that it was proved."""
     from blockpruner.tables import anatomy_json, print_anatomy
 
-    subject = opened(model, dtype, device, revision, remote, pickle)
+    subject = opened(model, loading)
     if as_json:
         print_json(anatomy_json(subject))
     else:
@@ -64,14 +54,9 @@ def score(
     moves: Annotated[str, typer.Option(help="block, attention, mlp, layer, stock or span=N.")] = "block",
     protect: Protect = "",
     removed: Annotated[str, typer.Option(help="What is gone already: attention.3+mlp.7.")] = "dense",
-    tokens: Tokens = "16384",
-    window: Window = None,
-    bos: Bos = "auto",
-    split: Split = None,
-    column: Column = None,
+    text: Text = TEXT,
     seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    loading: Loading = LOADING,
     stream: Stream = False,
     memory: Memory = None,
     run: Annotated[
@@ -80,9 +65,6 @@ def score(
     workers: Workers = 0,
     ray: Cluster = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the price and stop.")] = False,
-    revision: Revision = None,
-    remote: RemoteCode = False,
-    pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
     """Say how important each move is, by one criterion or several on the same data. Higher = keep."""
@@ -95,9 +77,9 @@ def score(
     names = list(CRITERIA) if criterion == ["all"] else criterion
     for name in names:
         parse_criterion(name)  # what is misspelt is said before the model is loaded
-    crew = crew_of(workers, ray, model, dtype, revision, remote, pickle)
+    crew = crew_of(workers, ray, model, loading)
     comparison = compare(
-        opened(model, dtype, device, revision, remote, pickle, stream_memory(stream, memory, workers)),
+        opened(model, loading, stream_memory(stream, memory, workers)),
         criteria=names,
         calibration=calibration,
         objective=objective,
@@ -105,11 +87,7 @@ def score(
         protect=protect,
         removed=parse_mask(removed),
         whatever_fits=criterion == ["all"],
-        tokens=token_count(tokens),
-        window=window,
-        bos=bos,
-        split=split,
-        column=column,
+        **text.options(),
         seed=seed,
     )
     passes, each = comparison.passes(), comparison.seconds()
@@ -138,14 +116,9 @@ def search(
     objective: Objective = "loss",
     moves: Annotated[str, typer.Option(help="block, attention, mlp, layer or stock.")] = "block",
     protect: Protect = "",
-    tokens: Tokens = "16384",
-    window: Window = None,
-    bos: Bos = "auto",
-    split: Split = None,
-    column: Column = None,
+    text: Text = TEXT,
     seed: Seed = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    loading: Loading = LOADING,
     stream: Stream = False,
     memory: Memory = None,
     run: Run = None,
@@ -154,9 +127,6 @@ def search(
     workers: Workers = 0,
     ray: Cluster = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the price and stop.")] = False,
-    revision: Revision = None,
-    remote: RemoteCode = False,
-    pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
     """Find which blocks to remove. Writes plan.json into the run folder; killed, the same command goes on."""
@@ -165,8 +135,8 @@ def search(
     from blockpruner.searching import Stop
     from blockpruner.tables import print_plan
 
-    crew = crew_of(workers, ray, model, dtype, revision, remote, pickle)
-    subject = opened(model, dtype, device, revision, remote, pickle, stream_memory(stream, memory, workers))
+    crew = crew_of(workers, ray, model, loading)
+    subject = opened(model, loading, stream_memory(stream, memory, workers))
     task = prepare(
         subject,
         target=target,
@@ -177,11 +147,7 @@ def search(
         moves=moves,
         protect=protect,
         start=Plan.read(start, subject.anatomy.outline) if start else None,
-        tokens=token_count(tokens),
-        window=window,
-        bos=bos,
-        split=split,
-        column=column,
+        **text.options(),
         seed=seed,
     )
     price = quote(task)

@@ -6,28 +6,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockpruner.command import crew_of, opened, print_json, say_price, stream_memory, token_count, verb
+from blockpruner.command import crew_of, opened, print_json, say_price, stream_memory, verb
 from blockpruner.console import Progress, say
 from blockpruner.errors import InputError, MachineError
 from blockpruner.options import (
-    Bos,
+    LOADING,
+    ON_CPU,
+    STORED,
+    TEXT,
     Cluster,
-    Column,
-    Device,
     Dtype,
     Json,
+    Loading,
     Model,
-    Pickle,
-    RemoteCode,
-    Revision,
     Run,
     Seed,
     Source,
-    Split,
     Stream,
-    Tokens,
+    Text,
     Window,
     Workers,
+    token_count,
 )
 
 if TYPE_CHECKING:
@@ -44,12 +43,8 @@ def prune(
     first: Annotated[int | None, typer.Option(help="Apply only the first N steps of a nested plan.")] = None,
     form: Annotated[str | None, typer.Option(help="stock, stand-ins or zeroed, else the best that fits.")] = None,
     zeroed: Annotated[bool, typer.Option("--zeroed", help="The same as --form zeroed: runs everywhere.")] = False,
-    dtype: Dtype = "stored",
-    device: Device = "cpu",
+    loading: Loading = ON_CPU,
     stream: Stream = False,
-    revision: Revision = None,
-    remote: RemoteCode = False,
-    pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
     """Remove the blocks of a plan for good. Writes a checkpoint, reloads it in a fresh process and compares."""
@@ -68,7 +63,7 @@ def prune(
     asked = "zeroed" if zeroed else form
     taken = lookup(asked, forms, "form of checkpoint") if asked else None
     read_json(plan)  # what is no JSON at all is said before the model is loaded
-    subject = opened(model, dtype, device, revision, remote, pickle, stream_memory(stream, None))
+    subject = opened(model, loading, stream_memory(stream, None))
     if lends(subject.model):
         raise InputError(
             "prune --stream copies weights as they are in the files", fix="give their dtype, and no --device but cpu"
@@ -93,17 +88,9 @@ def recover(
     ] = None,
     first: Annotated[int | None, typer.Option(help="Only the first N steps of a nested plan are removed.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write it also if held-out text is worse off.")] = False,
-    tokens: Tokens = "16384",
-    window: Window = None,
-    bos: Bos = "auto",
-    split: Split = None,
-    column: Column = None,
+    text: Text = TEXT,
     seed: Seed = 0,
-    dtype: Dtype = "stored",
-    device: Device = "auto",
-    revision: Revision = None,
-    remote: RemoteCode = False,
-    pickle: Pickle = False,
+    loading: Loading = STORED,
     as_json: Json = False,
 ) -> None:
     """Win quality back: put something small where blocks were. Fitted without training, judged on held-out text."""
@@ -115,8 +102,8 @@ def recover(
 
     check_new_folder(out, sources=(pruned,) if pruned.is_dir() else ())
     parse_recovery(method, seed=seed)  # a mistake is said before the model is loaded
-    plan, count = _plan_of(pruned), token_count(tokens)
-    subject = _dense(plan, dense, dtype, device, revision, remote, pickle)
+    plan = _plan_of(pruned)
+    subject = _dense(plan, dense, loading)
     mended = mend(
         subject,
         Plan.read(plan, subject.anatomy.outline),
@@ -128,11 +115,7 @@ def recover(
         seed=seed,
         source=str(plan),
         progress=Progress(),
-        tokens=count,
-        window=window,
-        bos=bos,
-        split=split,
-        column=column,
+        **text.options(),
     )
     if not as_json:
         print_recovery(mended.record)
@@ -151,19 +134,17 @@ def _plan_of(pruned: Path) -> Path:
     return plan
 
 
-def _dense(
-    plan: Path, dense: str | None, dtype: str, device: str, revision: str | None, remote: bool, pickle: bool
-) -> "Subject":
+def _dense(plan: Path, dense: str | None, loading: Loading) -> "Subject":
     """The whole model: as asked for, else as the plan names it, which of a folder knows no more than the last part."""
     from blockpruner.plan import Plan
 
     if dense is not None:
-        return opened(dense, dtype, device, revision, remote, pickle)
+        return opened(dense, loading)
     named = Plan.read(plan).model
     if named is None:
         raise InputError(f"{plan} does not say for which model it is", fix="name the whole model with --dense")
     try:
-        return opened(named.name, dtype, device, revision, remote, pickle)
+        return opened(named.name, loading)
     except (InputError, MachineError) as error:
         fix = f"{error.fix}; the whole model can be named with --dense"
         raise type(error)(f"{plan} is for {named.name!r}: {error.what}", fix=fix) from error
@@ -185,15 +166,11 @@ def run_recipe(
     tokens: Annotated[str | None, typer.Option(metavar="N", help="Tokens of calibration text, or all.")] = None,
     window: Window = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    loading: Loading = LOADING,
     run: Run = None,
     workers: Workers = 0,
     ray: Cluster = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the price and stop.")] = False,
-    revision: Revision = None,
-    remote: RemoteCode = False,
-    pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
     """Do what a paper did, on any model. Search, save the smaller model, measure it beside random removals."""
@@ -202,13 +179,13 @@ def run_recipe(
     from blockpruner.recipe import Recipe
     from blockpruner.tables import print_outcome
 
-    crew = crew_of(workers, ray, model, dtype, revision, remote, pickle)
+    crew = crew_of(workers, ray, model, loading)
     count = None if tokens is None else token_count(tokens) or 0
     sources = {"calibration": calibration, "evaluation": data}
     chosen = Recipe.read(recipe).changed(**sources, target=target, tokens=count, window=window, seed=seed)
     for difference in chosen.differences:
         say(f"differs from the paper: {difference}")
-    subject = opened(model, dtype, device, revision, remote, pickle)
+    subject = opened(model, loading)
     task = pipeline.prepared(chosen, subject)
     say_price(quote(task), task)
     if dry_run:

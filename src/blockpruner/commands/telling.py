@@ -5,22 +5,16 @@ from typing import Annotated
 
 import typer
 
-from blockpruner.command import opened, print_json, token_count, verb
+from blockpruner.command import opened, print_json, verb
 from blockpruner.console import Progress, table
 from blockpruner.options import (
-    Bos,
-    Column,
-    Device,
-    Dtype,
+    LOADING,
+    TEXT,
     Json,
-    Pickle,
-    RemoteCode,
-    Revision,
+    Loading,
     Seed,
     Source,
-    Split,
-    Tokens,
-    Window,
+    Text,
 )
 
 
@@ -28,21 +22,13 @@ from blockpruner.options import (
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="One or more models, side by side.")],
     data: Annotated[str, typer.Option("--data", "--calibration", metavar="SOURCE", help=Source)],
-    tokens: Tokens = "16384",
-    window: Window = None,
-    bos: Bos = "auto",
-    split: Split = None,
-    column: Column = None,
+    text: Text = TEXT,
     seed: Seed = 0,
     prompt: Annotated[
         str, typer.Option(help="Greedy sample after this; empty for none.")
     ] = "The most important thing to know about water is",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    loading: Loading = LOADING,
     run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Also write evaluation.json there.")] = None,
-    revision: Revision = None,
-    remote: RemoteCode = False,
-    pickle: Pickle = False,
     as_json: Json = False,
 ) -> None:
     """Compare models. Perplexity with standard error, bits per byte, size, cache and a greedy sample, side by side."""
@@ -52,22 +38,12 @@ def evaluate(
 
     found, records, sources = [], [], []
     for name in models:
-        subject = opened(name, dtype, device, revision, remote, pickle)
-        text = load_text(
-            data,
-            subject.tokenizer,
-            subject.model,
-            tokens=token_count(tokens),
-            window=window,
-            bos=bos,
-            split=split,
-            column=column,
-            seed=seed,
-        )
-        (quality,) = evaluate_masks(subject.model, subject.anatomy, text, {name: frozenset()}, progress=Progress())
+        subject = opened(name, loading)
+        windows = load_text(data, subject.tokenizer, subject.model, seed=seed, **text.options())
+        (quality,) = evaluate_masks(subject.model, subject.anatomy, windows, {name: frozenset()}, progress=Progress())
         sample = greedy_sample(subject.model, subject.tokenizer, prompt) if prompt else None
         found.append(quality.model_copy(update={"sample": sample}))
-        records.append(text.record)
+        records.append(windows.record)
         sources += [subject.folder] if subject.folder else []
         del subject  # before the next one is loaded
     evaluation = Evaluation.of(found, records[0])
