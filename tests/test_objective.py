@@ -218,6 +218,7 @@ def test_no_more_logits_exist_at_once_than_asked_for(monkeypatch):
     monkeypatch.setattr(objective, "HEAD_POSITIONS", 12)
     sizes = []
     found = loss_of(model, anatomy_of("llama"), token_ids(3, 40))
+    found._head = None  # as for a model with something behind its head
     handle = model.lm_head.register_forward_hook(lambda _module, _given, output: sizes.append(output.numel()))
     try:
         list(found.batch_losses([DENSE], 0))

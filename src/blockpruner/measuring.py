@@ -12,15 +12,16 @@ class Measure(Protocol):
     """What is measured: a frozen dataclass, its fields the options of the method, one file in `objectives/`.
 
     title, source: its name and paper; unit: of its values; reads: whether the data are windows of text or items with
-    answers to choose from; of: whether it looks at the logits where a token is predicted, or at the last hidden states,
-    meant over the tokens of a row; compares: whether with those of the model as it was given.
+    answers to choose from; of: whether it looks at the logits where a token is predicted, at nothing of them but the loss
+    of that token (`metrics.token_losses` is its `each` then), or at the last hidden states, meant over the tokens of a
+    row; compares: whether with those of the model as it was given.
     """
 
     title: ClassVar[str]
     source: ClassVar[str]
     unit: ClassVar[str]
     reads: ClassVar[Literal["text", "items"]]
-    of: ClassVar[Literal["logits", "states"]]
+    of: ClassVar[Literal["logits", "losses", "states"]]
     compares: ClassVar[bool]
 
     def each(self, found: "Tensor", whole: "Tensor | None", targets: "Tensor") -> "Tensor":
@@ -38,7 +39,7 @@ class PerRow:
     """What measures have in common whose units are rows of text, each the mean of its values; they set what differs."""
 
     reads: ClassVar[Literal["text", "items"]] = "text"
-    of: ClassVar[Literal["logits", "states"]] = "logits"
+    of: ClassVar[Literal["logits", "losses", "states"]] = "logits"
     compares: ClassVar[bool] = True
 
     def units(

@@ -1,5 +1,7 @@
 """What a search minimises: mask -> what a measure finds on a model's examples, lower = better."""
 
+import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +16,7 @@ from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError, is_out_of_memory
 from blockpruner.examples import IGNORED, Examples
+from blockpruner.head import Head, proved_head
 from blockpruner.masktree import Inputs, MaskTree, Node, output_of, sweep_work
 from blockpruner.measuring import Measure
 from blockpruner.objectives.loss import Loss
@@ -62,7 +65,7 @@ class ModelObjective(BatchByBatch):
         self.model, self.anatomy, self.examples, self.measure = model, anatomy, examples, measure
         self.unit = measure.unit
         self.batch_tokens, self.memory = batch_tokens, memory
-        adds_up = measure.reads == "text" and measure.of == "logits"
+        adds_up = measure.reads == "text" and measure.of != "states"
         self.segment = min(segment, examples.targets.shape[1]) if segment and adds_up else examples.targets.shape[1]
         self.pieces = -(-examples.targets.shape[1] // self.segment)
         self._parts = examples.batches(batch_tokens)
@@ -70,6 +73,7 @@ class ModelObjective(BatchByBatch):
         self.sizes = tuple(len(part) * self.pieces for part in self._parts)
         self._planned: tuple[Sequence[Sequence[Mask]], list[Work]] = ((), [])
         self._extra: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
+        self._head: Head | None = None  # where losses come from states, without logits
         self.fallback = self._probe()
         if self.fallback:
             _log.warning("plain forward passes instead of the mask tree: %s", self.fallback)
@@ -167,11 +171,13 @@ class ModelObjective(BatchByBatch):
     def _sums(self, states: dict[Mask, Tensor], whole: Tensor | None, part: Examples) -> list[tuple[Tensor, list[int]]]:
         """Per mask the sum and the number of the values in each row, some positions at a time."""
         positions = _positions(part)
-        sums = {mask: _Sums(self.measure, part, self.segment) for mask in states}
+        sums = {mask: _Sums(self.measure, part, self.segment, self._head) for mask in states}
         for at in positions.split(max(1, HEAD_POSITIONS // len(part.targets))):
             beside = None if whole is None else self._tree.outputs(whole, part.inputs, at)
             for mask, state in states.items():
-                sums[mask].add(self._tree.outputs(state, part.inputs, at), beside, at)
+                with contextlib.nullcontext() if self._head is None else self._head.left_out(self.model):
+                    found = self._tree.outputs(state, part.inputs, at)
+                sums[mask].add(found, beside, at)
         return [each.done() for each in sums.values()]
 
     @torch.no_grad()
@@ -228,6 +234,11 @@ class ModelObjective(BatchByBatch):
                 gap = float((found - expected).abs().max() / expected.abs().max())
                 if not gap <= (1e-5 if exact else 1e-2):
                     return f"without {next(iter(mask), 'nothing')} {what} by {gap:.2g} of its size"
+            if mask == DENSE and self.measure.of == "losses":
+                asked = row.targets[:, positions].clamp(min=0)
+                self._head = proved_head(
+                    self.model, functools.partial(self._tree.outputs, state, row.inputs, positions), asked
+                )
         return ""
 
     def _final(self, last: torch.nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -246,14 +257,14 @@ class ModelObjective(BatchByBatch):
 class _Sums:
     """Adds up the values of a measure, row by row and segment by segment, over chunks of positions."""
 
-    def __init__(self, measure: Measure, part: Examples, segment: int) -> None:
-        self._measure, self._targets, self._segment = measure, part.targets, segment
+    def __init__(self, measure: Measure, part: Examples, segment: int, head: Head | None = None) -> None:
+        self._measure, self._targets, self._segment, self._head = measure, part.targets, segment, head
         rows, positions = part.targets.shape
         self._sums = torch.zeros(rows, -(-positions // segment), dtype=torch.float64)
         self._pooled: list[Tensor] = []
 
     def add(self, found: Tensor, whole: Tensor | None, positions: Tensor) -> None:
-        """found, whole: outputs [rows, positions, ...]."""
+        """found, whole: outputs [rows, positions, ...]; with a head, what is found are states before it."""
         if self._measure.of == "states":
             sides = (found, found if whole is None else whole)
             more = [side.float().sum(dim=1) for side in sides]
@@ -262,7 +273,8 @@ class _Sums:
         targets = self._targets[:, positions]
         asked = targets != IGNORED
         beside = None if whole is None else _marked(whole, asked)
-        values = self._measure.each(_marked(found, asked), beside, _marked(targets, asked))
+        given, wanted = _marked(found, asked), _marked(targets, asked)
+        values = self._head.token_losses(given, wanted) if self._head else self._measure.each(given, beside, wanted)
         row, place = (index.cpu() for index in asked.nonzero(as_tuple=True))
         segments = positions.cpu()[place] // self._segment
         self._sums.index_put_((row, segments), values.cpu().double(), accumulate=True)

@@ -24,7 +24,7 @@ class Accuracy:
     source: ClassVar[str] = "Siddiqui et al. 2024 (A deeper look at depth pruning), arXiv 2407.16286"
     unit: ClassVar[str] = "share of items wrong"
     reads: ClassVar[Literal["text", "items"]] = "items"
-    of: ClassVar[Literal["logits", "states"]] = "logits"
+    of: ClassVar[Literal["logits", "losses", "states"]] = "losses"
     compares: ClassVar[bool] = False
 
     def each(self, found: "Tensor", whole: "Tensor | None", targets: "Tensor") -> "Tensor":

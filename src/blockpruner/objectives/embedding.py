@@ -20,7 +20,7 @@ class Embedding(PerRow):
     title: ClassVar[str] = "Disagreement with the whole model's embeddings"
     source: ClassVar[str] = "ours; mean pooling as in Reimers and Gurevych 2019, arXiv 1908.10084"
     unit: ClassVar[str] = "1 - cosine"
-    of: ClassVar[Literal["logits", "states"]] = "states"
+    of: ClassVar[Literal["logits", "losses", "states"]] = "states"
 
     def each(self, found: "Tensor", whole: "Tensor | None", targets: "Tensor") -> "Tensor":
         assert whole is not None

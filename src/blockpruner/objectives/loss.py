@@ -1,7 +1,7 @@
 """Language-modelling loss: what the model was trained to make small."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blockpruner.measuring import PerRow
 
@@ -19,6 +19,7 @@ class Loss(PerRow):
     title: ClassVar[str] = "Language-modelling loss (logarithm of perplexity)"
     source: ClassVar[str] = "Zhong et al. 2024, arXiv 2406.10594; Kim et al. 2024, arXiv 2402.02834"
     unit: ClassVar[str] = "nats per token"
+    of: ClassVar[Literal["logits", "losses", "states"]] = "losses"
     compares: ClassVar[bool] = False
 
     def each(self, found: "Tensor", whole: "Tensor | None", targets: "Tensor") -> "Tensor":
