@@ -7,6 +7,7 @@ write them, and to read them again, takes longer than to compute them. A part of
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def proved_head(model: PreTrainedModel, outputs: Callable[[], Tensor], targets: 
     head = _linear_head(model)
     if head is None:
         return None
-    given: list[Tensor] = []
+    given: list[Any] = []
     handle = model.get_submodule(head.path).register_forward_hook(lambda _module, _args, output: given.append(output))
     try:
         logits = outputs()
