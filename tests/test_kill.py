@@ -1,17 +1,25 @@
 """A search that is killed at any moment, and run again, ends in the same plan, byte for byte."""
 
+import contextlib
 import itertools
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import torch
 from toys import Toy, plan_of, tangled, toy_problem
 
 from blockpruner.driver import run
 from blockpruner.journal import Journal
+from blockpruner.models import load
+from blockpruner.planning import Task, find_plan, prepare
 from blockpruner.searches.exhaustive import Exhaustive
+from blockpruner.subject import open_subject
 
 IDENTITY = {"model": "toy"}
 
@@ -82,5 +90,53 @@ def test_killed_in_any_system_call_that_keeps_results_it_resumes_to_the_same_byt
     assert int(result.stdout) > 15
 
 
+def race(task: Task, folder: Path) -> bytes:
+    """What `search` does with a real model; greedy, so that moves race."""
+    find_plan(task, folder)
+    return (folder / "plan.json").read_bytes()
+
+
+def killed_after(seconds: float, task: Task, folder: Path) -> bool:
+    """Whether a child that races in `folder` was still at it, and died, after so long."""
+    child = os.fork()
+    if not child:
+        race(task, folder)
+        os._exit(0)
+    time.sleep(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def survive_random_kills(folder: Path, checkpoint: str, prose: str, kills: int) -> int:
+    """Kill races of a tiny model at random moments and resume each; return how many died with work in the journal."""
+    torch.set_num_threads(1)  # threads do not live on in the child of a fork
+    subject = open_subject(load(checkpoint, dtype="float32", device="cpu"))
+    task = prepare(subject, target="blocks=4", calibration=prose, tokens=2048, window=64)
+    start = time.perf_counter()
+    reference = race(task, folder / "whole")
+    took, moments, with_work = time.perf_counter() - start, random.Random(0), 0
+    for number in range(kills):
+        place = folder / str(number)
+        while not killed_after(moments.uniform(0, took), task, place):
+            shutil.rmtree(place, ignore_errors=True)
+        journal = place / "journal.jsonl"
+        with_work += journal.exists() and journal.stat().st_size > 1000
+        assert race(task, place) == reference
+    return with_work
+
+
+def test_races_killed_at_twenty_random_moments_are_resumed_to_the_same_plan(tmp_path, checkpoint, prose):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(tmp_path), str(checkpoint), str(prose), "20"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 5  # else they died before there was anything to lose
+
+
 if __name__ == "__main__":
-    sys.stdout.write(str(survive_every_kill(Path(sys.argv[1]))))
+    if len(sys.argv) == 2:
+        sys.stdout.write(str(survive_every_kill(Path(sys.argv[1]))))
+    else:
+        place, model, text, kills = sys.argv[1:]
+        sys.stdout.write(str(survive_random_kills(Path(place), model, text, int(kills))))
