@@ -23,7 +23,7 @@ from blockpruner.console import Progress
 from blockpruner.models import load
 from blockpruner.objective import ModelObjective
 from blockpruner.plan import Plan
-from blockpruner.planning import Task, find_plan, prepare
+from blockpruner.planning import Task, find_plan, prepare, quote
 from blockpruner.searching import DENSE
 from blockpruner.subject import Subject, open_subject
 
@@ -73,6 +73,7 @@ def searched(subject: Subject, options: argparse.Namespace, draw: int, search: s
         window=options.window,
     )
     print(f"--- {search}, draw {draw}", flush=True)
+    price = quote(task)
     plan = find_plan(task, options.runs / f"{search}-{draw}", Progress())
     assert plan.work is not None
     return {
@@ -83,6 +84,7 @@ def searched(subject: Subject, options: argparse.Namespace, draw: int, search: s
         "pieces": [statistics.fmean(s.n for s in step.scores.values() if s) for step in plan.steps],
         "loss": plan.steps[-1].loss.model_dump() if plan.steps[-1].loss else None,
         "work": plan.work.model_dump(mode="json"),
+        "price": {"work": price.work.model_dump(mode="json"), "of the work": priced(task, price.work, plan.work)},
         "share of the published loop": shares(task, plan, published(task.objective, len(plan.steps))),
     }
 
@@ -103,6 +105,11 @@ def shares(task: Task, plan: Plan, loop: Work) -> dict[str, float]:
     blocks = (work.attention_tokens + work.mlp_tokens) / (loop.attention_tokens + loop.mlp_tokens)
     seconds = task.objective.seconds(work) / task.objective.seconds(loop)
     return {"blocks": blocks, "head": work.head_tokens / loop.head_tokens, "all": seconds}
+
+
+def priced(task: Task, said: Work, spent: Work) -> float:
+    """What was said before the search as a share of what it took, in seconds of this machine."""
+    return task.objective.seconds(said) / task.objective.seconds(spent)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "stock moves": {"moves": "stock", "target": f"blocks={BLOCKS}"},
     "Alpaca": {"calibration": "instruct/alpaca_sample.jsonl"},
     "Wikipedia": {"calibration": "text/wikipedia_demo.txt"},
-    "1,024 tokens": {"tokens": 1024},
-    "4,096 tokens": {"tokens": 4096},
-    "16,384 tokens": {"tokens": 16384},
+    "1,024 tokens, in races": {"tokens": 1024, "search": "greedy"},
+    "4,096 tokens, in races": {"tokens": 4096, "search": "greedy"},
+    "16,384 tokens, in races": {"tokens": 16384, "search": "greedy"},
 }
 
 
