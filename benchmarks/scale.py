@@ -82,7 +82,7 @@ def table(large: Large, works: dict[str, Work]) -> str:
     ]
     for name, work in works.items():
         total = operations(large, work)
-        hours = " | ".join(f"{total / (SHARE * peak) / 3600:,.1f}" for peak in CARDS.values())
+        hours = " | ".join(f"{total / (SHARE * peak) / 3600:,.3g}" for peak in CARDS.values())
         blocks = work.attention_tokens + work.mlp_tokens
         rows.append(f"| {name} | {blocks:.3g} | {work.head_tokens:.3g} | {total / 1e18:,.3g} | {hours} |")
     state, prefixes = 2 * large.hidden / 2**20, 2 * large.layers
