@@ -18,7 +18,7 @@ from blockpruner.permutations import shuffled
 from blockpruner.searching import Pieces, Problem, Values
 
 FEWEST, BATCHES = 8, 2  # pieces and micro-batches that are seen before anything leaves
-GROWTH = 1.5  # of what is seen from one look to the next
+GROWTH = 1.25  # of what is seen from one look to the next, at least
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ class Race:
 
     A mask leaves when it is shown to be worse than all that are to be kept, and the race ends when none of the rest may
     be better than one of them by epsilon, or all were seen on everything, and so are known. delta is spread evenly over
-    comparisons and rounds (union bound); each has a t interval, which is exact for independent pieces and normal means.
+    comparisons, half of it on the first look, where there are so few pieces that it widens the intervals most, and the
+    rest evenly on the others (union bound); these are t intervals, exact for independent pieces and normal means.
     Neither quite holds for text: pieces of one window resemble each other, so that long windows make errors more
     frequent (benchmarks/racing_simulation.py is there to count them on recorded losses).
     """
@@ -132,14 +133,15 @@ class Race:
         """Yield `Pieces`, to be sent values, and return what came of it.
 
         before: what the same moves led to at earlier steps, the last step first, by the masks of now.
-        Cost: all masks on FEWEST pieces or a few more, and ever fewer masks on half as many again each time.
+        Cost: all masks on FEWEST pieces or a few more, and ever fewer masks on a quarter as many again each time.
         """
         order = shuffled(problem.batches, self.seed, "race")
         stops, total = _rounds([problem.sizes[batch] for batch in order]), sum(problem.sizes)
-        alpha = self.delta / max(1, keep * (len(masks) - keep) * len(stops))
+        each = self.delta / max(1, keep * (len(masks) - keep)) / 2
         held: dict[Mask, Values] = dict.fromkeys(masks, ())
         running = tuple(masks)
         for start, stop in pairwise([0, *stops]):
+            alpha = each if not start else each / (len(stops) - 1)
             found = yield Pieces(running, order[start:stop])
             held |= {mask: held[mask] + found[mask] for mask in running}
             finite = [mask for mask in running if all(map(math.isfinite, held[mask]))]
