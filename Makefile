@@ -53,7 +53,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "setting up $(VENV): about 2 GB, a few minutes the first time" >&2
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[data,demo,dev,multi-gpu,plots,ray]'
+		--constraint constraints.txt --editable '.[data,demo,dev,multi-gpu,plots,ray,tasks,train]'
 	@touch $@
 
 $(OLDEST): constraints-oldest.txt $(INSTALLED)

@@ -89,6 +89,7 @@ def test_a_plan_says_of_what_and_how_it_was_made(task, subject, prose):
         "protected": ("3",),
         "seed": 5,
         "dtype": "float32",
+        "recovery": None,
     }
     assert not {"mlp.3", *(f"attention.{layer}" for layer in range(4))} & set(names(plan))
 

@@ -27,7 +27,7 @@ EXPECTED = """
     blockpruner blockpruner-attention blockpruner-mlp blockpruner-no-iteration shortgpt sleb
     llm-drop-block llm-drop-attention llm-drop-mlp llm-drop-joint
     shortened-llama-ppl shortened-llama-taylor shortened-llama-magnitude
-    deeper-look-cosine deeper-look-shapley deeper-look-task-shapley gromov evopress
+    deeper-look-cosine deeper-look-shapley deeper-look-task-shapley gromov evopress replaceable
 """
 # Targets for a model of four layers: what a recipe removes by default is meant for thirty-two.
 SMALL = {"layer": "layers=1", "block": "blocks=2", "attention": "blocks=2", "mlp": "blocks=2"}
@@ -55,6 +55,8 @@ def scaled(name, prose, items):
         found = found.model_copy(update={"protect": "0,-1"})
     if found.search.startswith("evolution"):
         found = found.model_copy(update={"search": found.search + ",offspring=4,initial=4,generations=3"})
+    if found.recovery:  # the rank is meant for wider ones
+        found = found.model_copy(update={"recovery": "linear:rank=2,ridge=0.1"})
     source = str(items if found.objective == "accuracy" else prose)
     size = {} if found.objective == "accuracy" else {"tokens": 96, "window": 16}
     changed = found.changed(source, source, target=SMALL[found.moves], **size)
@@ -79,12 +81,16 @@ def test_a_recipe_says_what_it_repeats_and_uses_words_that_there_are(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_runs_from_a_model_to_a_smaller_one(name, subject, prose, items, tmp_path):
     chosen = scaled(name, prose, items)
-    outcome, plan, saved = pipeline.run(chosen, subject, tmp_path / "run", save=name in ("blockpruner", "sleb"))
+    outcome, plan, saved = pipeline.run(
+        chosen, subject, tmp_path / "run", save=name in ("blockpruner", "sleb", "replaceable")
+    )
     assert Outcome.load(tmp_path / "run" / "outcome.json") == outcome
     assert Recipe.load(tmp_path / "run" / "recipe.json") == chosen
     assert Plan.load(tmp_path / "run" / "plan.json") == plan
     assert len(plan.mask()) == 2
-    assert list(outcome.contestants) == ["dense", "pruned", *(f"random {seed}" for seed in range(5))]
+    more = ["recovered"] if (tmp_path / "run" / "model" / "recovery.json").exists() else []
+    assert list(outcome.contestants) == ["dense", "pruned", *(f"random {seed}" for seed in range(5)), *more]
+    assert bool(more) == bool(chosen.recovery)
     assert parse_mask(outcome.contestants["pruned"].removed) == plan.mask()
     assert outcome.contestants["pruned"].parameters < outcome.contestants["dense"].parameters
     kinds = {block.kind for block in plan.mask()}

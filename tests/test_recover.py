@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import blockpruner as bp
 from blockpruner import checkpoint as checkpoints
+from blockpruner import recoveries
 from blockpruner.anatomy import read_anatomy
 from blockpruner.blocks import Block, parse_mask
 from blockpruner.closed_form import WORSE
@@ -25,7 +26,7 @@ from blockpruner.errors import InputError
 from blockpruner.evaluation.quality import load_text
 from blockpruner.evaluations import Evaluations
 from blockpruner.gaps import UNREPAIRED, Repair, gaps
-from blockpruner.mending import mend
+from blockpruner.mending import prepare
 from blockpruner.models import identify, load
 from blockpruner.plan import Plan
 from blockpruner.probing import fillings, first_tensor, recorded, unfilled
@@ -165,6 +166,57 @@ def test_a_map_folded_into_other_weights_adds_no_parameters(run, recover, better
 def test_the_first_steps_alone_can_be_removed(recover, plan):
     assert recover("--first", 1, method="bias").code == 0
     assert Plan.load(Path("better/plan.json")).steps == plan.steps[:1]
+
+
+TRAINED = "linear:rank=4,lora:lr=0.003,batch=4,accumulate=1,epochs=2,evaluate_every=4,patience=0"
+
+
+def test_a_chain_with_training_says_its_price_and_goes_on_where_it_was_killed(recover, monkeypatch):
+    done = recover(method=TRAINED, out="whole")
+    assert done.code == 0, done.err
+    assert "price: linear: n/2 forward; 3n/2 with target=dense, over 416 tokens\n" in done.err
+    assert "price: lora: 13 steps, 832 tokens forward and backward, no second copy of the weights, 5 times" in done.err
+    assert "training, held-out loss" in done.err
+    assert "Held-out loss by step: 0: " in done.out
+    assert sorted(path.name for path in Path("whole.run").iterdir()) == [".lock", "2-lora"]
+    record: Any = RecoveryRecord.load(Path("whole/recovery.json"))
+    assert [step.method.partition(":")[0] for step in record.steps] == ["linear", "lora"]
+    assert record.recovered.value < record.steps[0].recovered.value
+
+    def stop(self, done, _, message):
+        if message.startswith("training") and done == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(making.Progress, "__call__", stop)
+        assert recover("--run", "runs/mine", method=TRAINED).code == 130
+    assert sorted(path.name for path in Path("runs/mine/2-lora").glob("step-*"))[-1] == "step-000000008"
+    assert recover("--run", "runs/mine", method=TRAINED).code == 0
+    names = ("recovery.json", "model.safetensors", "plan.json")
+    assert all(Path("better", name).read_bytes() == Path("whole", name).read_bytes() for name in names)
+    other = recover("--run", "runs/mine", method=TRAINED.replace("0.003", "0.004"), out="other")
+    assert other.code == 5
+    assert "is of another training" in other.err
+
+
+def test_a_dry_run_says_the_price_and_stops(recover):
+    done = recover("--dry-run", "--json", method=TRAINED)
+    assert done.code == 0
+    assert [line.partition(":")[0] for line in json.loads(done.out)["price"]] == ["linear", "lora"]
+    assert not Path("better").exists()
+    assert not Path("better.run").exists()
+
+
+def test_methods_without_training_leave_no_run_folder(recover):
+    assert recover(method="bias").code == 0
+    assert not Path("better.run").exists()
+
+
+def test_a_recovery_that_lacks_its_package_is_said_before_the_model_is_loaded(recover, monkeypatch):
+    monkeypatch.setattr(recoveries, "find_spec", lambda name: None)
+    done = recover(method="linear,lora")
+    refused(done, 4, "LoRA needs the package 'peft'", "pip install 'blockpruner[train]'")
+    assert "loading" not in done.err
 
 
 def worse(bench):
@@ -340,7 +392,7 @@ def test_a_criterion_sees_what_a_block_adds_beside_what_stands_in_the_other_s_pl
 
 
 def test_the_shell_and_python_have_the_same_defaults():
-    shell, python = (inspect.signature(verb).parameters for verb in (making.recover, mend))
+    shell, python = (inspect.signature(verb).parameters for verb in (making.recover, prepare))
     for name in ("held_out", "first", "force", "seed"):
         assert shell[name].default == python[name].default
     for name, field in Text.model_fields.items():

@@ -19,6 +19,7 @@ from blockpruner.gaps import repaired, reweighted
 from blockpruner.normal_equations import NormalEquations, ridge_map
 from blockpruner.recoveries import parse_recovery
 from blockpruner.recovery import Bench
+from blockpruner.tables import foldings
 from blockpruner.updates import contribution, stream_after
 
 LLAMA_LIKE = ["causal/llama", "causal/mistral", "causal/qwen2", "causal/qwen3", "causal/gpt2", "causal/granite"]
@@ -171,3 +172,10 @@ def test_a_folded_model_whose_layers_are_whole_is_saved_in_the_stock_form(tmp_pa
     assert again.config.num_hidden_layers == model.config.num_hidden_layers - 1
     with repaired(model, bench.anatomy, bench.mask, repair):
         torch.testing.assert_close(logits(again, bench.examples), logits(model, bench.examples))
+
+
+def test_inspect_says_in_one_line_what_can_fold_and_the_first_reason_why_not():
+    free, no = dict.fromkeys(["attention.0", "mlp.0"], ""), "norms or scales stand on the stream behind it"
+    assert foldings(free) == "A recovery can fold a map into 2 of 2 blocks (replaceme)."
+    assert foldings({**free, "mlp.1": no}).endswith(f"2 of 3 blocks (replaceme); not into mlp.1: {no}.")
+    assert foldings({"mlp.0": no, "mlp.1": no}).endswith(f"not into mlp.0 and 1 other: {no}.")

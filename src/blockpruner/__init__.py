@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from blockpruner import autoload
 
 if TYPE_CHECKING:
-    from blockpruner.api import evaluate, inspect, recover, save, score, search
+    from blockpruner.api import bench, evaluate, explain, inspect, recover, save, score, search
     from blockpruner.blocks import Block, Move
     from blockpruner.errors import BlockprunerError
     from blockpruner.models import load
@@ -25,7 +25,9 @@ __all__ = [
     "Move",
     "Plan",
     "__version__",
+    "bench",
     "evaluate",
+    "explain",
     "inspect",
     "load",
     "prune_",
@@ -41,7 +43,9 @@ _HOME = {
     "BlockprunerError": "blockpruner.errors",
     "Move": "blockpruner.blocks",
     "Plan": "blockpruner.plan",
+    "bench": "blockpruner.api",
     "evaluate": "blockpruner.api",
+    "explain": "blockpruner.api",
     "inspect": "blockpruner.api",
     "load": "blockpruner.models",
     "prune_": "blockpruner.surgery",

@@ -149,7 +149,7 @@ def _count(model: nn.Module, paths: Iterable[str]) -> int:
 
 def _compute(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
     """Share of the multiply-adds of one short forward pass, by module path; empty where torch cannot count them."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
     try:
         with counter:
             model(**inputs)
@@ -160,7 +160,7 @@ def _compute(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Mapp
     return {path.removeprefix(prefix): sum(ops.values()) / total for path, ops in counter.get_flop_counts().items()}
 
 
-def _grouped_flops(a_shape: Any, b_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def grouped_flops(a_shape: Any, b_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """Of routed experts, [tokens, in] x [experts, in, out]: each token meets one expert per row it has here."""
     return 2 * a_shape[-2] * a_shape[-1] * b_shape[-1]
 

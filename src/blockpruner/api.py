@@ -1,20 +1,32 @@
 """The verbs of the command line as Python functions on models in memory; same words, same defaults."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockpruner import scoring
+from blockpruner import explaining, scoring
 from blockpruner.anatomy import read_anatomy
+from blockpruner.artifacts import run_folder
 from blockpruner.blocks import Block, Mask, parse_mask
 from blockpruner.calibration import TextOptions
 from blockpruner.checkpoint import Form, Saved
 from blockpruner.criterion import Criterion
-from blockpruner.evaluation.quality import Evaluation, evaluate_masks, load_text
+from blockpruner.evaluation import speed
+from blockpruner.evaluation.assess import assess
+from blockpruner.evaluation.assessment import Assessment, Contestant, Wanted
+from blockpruner.evaluation.explanation import Explanation
+from blockpruner.evaluation.quality import evaluate_masks
+from blockpruner.evaluation.speed import Benchmark
+from blockpruner.evaluation.suites import chosen_tasks
+from blockpruner.evaluation.timing import parse_protocol
 from blockpruner.hands import Crew
+from blockpruner.inquiry import CHEAP, inquire
 from blockpruner.mending import mend
+from blockpruner.pareto import WITHIN, Pareto, pareto_of
 from blockpruner.parts import Anatomy
 from blockpruner.plan import Plan
 from blockpruner.planning import find_plan, prepare
@@ -42,6 +54,8 @@ class SearchOptions(TextOptions, total=False):
     objective: str
     moves: str
     protect: str
+    recovery: str | None
+    device_spec: str | None
     seed: int
 
 
@@ -75,7 +89,8 @@ def search(
     run: a folder for the journal and the plan, from which the same call resumes; None keeps nothing.
     crew: workers that load `model` by its name, see `hands.Crew`; one that is in memory alone must be saved first.
     """
-    task = prepare(_subject(model, tokenizer), target=target, calibration=calibration, **options)
+    costs = None if run is None else Path(run) / "costs.json"
+    task = prepare(_subject(model, tokenizer), target=target, calibration=calibration, costs=costs, **options)
     return find_plan(task, None if run is None else Path(run), progress, crew=crew)
 
 
@@ -123,15 +138,22 @@ def recover(
     *,
     method: str,
     calibration: str,
+    run: Path | str | None = None,
     progress: Progress | None = None,
     **options: Unpack[RecoverOptions],
 ) -> tuple[Saved, RecoveryRecord]:
-    """Like `save`, with something small where blocks were, as `method` makes it: what `blockpruner recover` writes.
+    """Like `save`, with quality won back as `method` does it: what `blockpruner recover` writes.
 
-    CheckFailedError, and no folder, if held-out text is worse off with it, unless `force`.
+    method: one recovery, or several joined by commas. run: a folder for checkpoints of what is trained, from which the
+    same call goes on; None keeps none. CheckFailedError, and no folder, if held-out text is worse off, unless `force`.
     """
     mended = mend(
-        *(_subject(model, tokenizer), plan), method=method, calibration=calibration, progress=progress, **options
+        *(_subject(model, tokenizer), plan),
+        method=method,
+        calibration=calibration,
+        run=None if run is None else Path(run),
+        progress=progress,
+        **options,
     )
     return mended.save(Path(out)), mended.record
 
@@ -140,15 +162,96 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    data: str,
+    data: str | None = None,
     masks: Mapping[str, Iterable[Block]] | None = None,
+    protocol: str | None = None,
+    suite: str | None = None,
+    tasks: str | None = None,
+    include_path: Path | str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    batch: int = 1,
+    generate: bool = False,
+    seed: int = 0,
+    run: Path | str | None = None,
+    progress: Progress | None = None,
+    **text: Unpack[TextOptions],
+) -> Assessment:
+    """Quality of `model`, the reference, and of the model without each of `masks` (name -> blocks).
+
+    data: text, for which all are computed in one sweep; suite, tasks: of lm-eval; generate: what they write, on prompts
+    from `data`. run: a folder for all results, from which the same call goes on. As `blockpruner evaluate` has them.
+    """
+    chosen, most = chosen_tasks(suite, tasks, shots, limit)
+    folder = None if include_path is None else Path(include_path)
+    wanted = Wanted(data, text, seed, protocol, "", chosen, most, batch, folder, generate)
+    wanted.check()
+    named = {"model": parse_mask("dense"), **{name: frozenset(mask) for name, mask in (masks or {}).items()}}
+    anatomy = read_anatomy(model)
+    whole = Contestant(model, tokenizer, anatomy)
+    windows = wanted.windows(whole)
+    known = [] if windows is None else evaluate_masks(model, anatomy, windows, named, mean=wanted.mean)
+    with run_folder(Path(run)) if run is not None else nullcontext():
+        return assess(
+            list(named),
+            lambda name: nullcontext(replace(whole, mask=named[name])),
+            wanted,
+            run=None if run is None else Path(run),
+            progress=progress,
+            found=known,
+        )
+
+
+def bench(
+    model: PreTrainedModel,
+    *,
+    masks: Mapping[str, Iterable[Block]] | None = None,
+    protocol: str = "quick",
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Speed and memory of `model`, and of the model without each of `masks` (name -> blocks), in turns.
+
+    protocol: a name with options, see `evaluation.timing`; limit: bytes that the largest batch and context are for.
+    """
+    subject, asked = _subject(model, None), parse_protocol(protocol)
+    dense = speed.Contestant("model", subject)
+    others = [speed.Contestant(name, subject, frozenset(mask)) for name, mask in (masks or {}).items()]
+    cell = speed.measure([dense, *others], asked, limit=limit, progress=progress)
+    return Benchmark.of(asked, subject, [cell], limit)
+
+
+def pareto(model: PreTrainedModel, plans: Mapping[str, Plan], *, budget: float = WITHIN) -> Pareto:
+    """Quality, as the searches saw it, against size, cache and operations, over all depths of `plans` (by name)."""
+    return pareto_of(_subject(model, None), plans, budget=budget)
+
+
+def explain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    plan: Plan,
+    *,
+    calibration: str = "builtin",
+    criteria: Sequence[str] = CHEAP,
+    folder: Path | str | None = None,
+    run: Path | str | None = None,
+    progress: Progress | None = None,
     seed: int = 0,
     **text: Unpack[TextOptions],
-) -> Evaluation:
-    """Quality of `model` on `data`, and of the model without each of `masks` (name -> blocks), in one sweep."""
-    windows = load_text(data, tokenizer, model, seed=seed, **text)
-    named = {"model": parse_mask("dense"), **{name: frozenset(mask) for name, mask in (masks or {}).items()}}
-    return Evaluation.of(evaluate_masks(model, read_anatomy(model), windows, named), windows.record)
+) -> Explanation:
+    """Why each block of `plan` went: the explanation that `blockpruner explain` writes; see `inquiry.inquire`.
+
+    folder: of the run that found the plan, whose journal has the losses of pairs; run: where explanation.json goes.
+    """
+    asked = inquire(
+        *(_subject(model, tokenizer), plan),
+        calibration=calibration,
+        criteria=criteria,
+        folder=None if folder is None else Path(folder),
+        seed=seed,
+        **text,
+    )
+    return explaining.explain(asked, None if run is None else Path(run), progress)
 
 
 def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Subject:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -61,13 +62,15 @@ def save_pruned(
     source: Path | None = None,
     extra_files: dict[str, bytes] | None = None,
     repair: Repair = UNREPAIRED,
+    card: Callable[[Form, int, str], str] | None = None,
 ) -> Saved:
     """Write `model` without the blocks of `mask` to the new folder `out`, reloaded and compared.
 
     The model is only borrowed for the stock and zeroed forms; for stand-ins its blocks are removed for good.
     form: None takes stock where it fits, else stand-ins; source: the folder the model came from, never written into;
     extra_files: name -> bytes, put beside the weights (the plan); repair: of a recovery; what it puts in the blocks'
-    places needs stand-ins, what it makes of other weights goes with every form.
+    places needs stand-ins, what it makes of other weights goes with every form; card: makes
+    README.md of the form that was written, its parameters and the Auto class that loads it.
     InputError when `out` exists or `form` does not fit; CheckFailedError, and no folder, when the reload disagrees.
     Cost: one forward pass of 2 x 16 tokens here, one load and the same pass in the fresh process.
     """
@@ -92,7 +95,9 @@ def save_pruned(
                 _write(model, anatomy, mask, folder, tried, repair)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
-                for name, data in (extra_files or {}).items():
+                parameters = _parameters(anatomy, mask, tried, repair)
+                readme = {"README.md": card(tried, parameters, makers[0]).encode()} if card else {}
+                for name, data in {**(extra_files or {}), **readme}.items():
                     (folder / name).write_bytes(data)
                 difference = _compare(folder, makers[0], inputs, truth, model, remote=tried == "stand-ins")
                 size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -101,10 +106,13 @@ def save_pruned(
                 raise
             _log.warning("no %s form: %s", tried, error.what)
         else:
-            kept = frozenset[Block]() if tried == "zeroed" else mask
-            parameters = anatomy.total_parameters - anatomy.outline.removed_parameters(kept) + repair.added_parameters
             return Saved(out, tried, parameters, size, difference)
     raise AssertionError("the last form returns or raises")
+
+
+def _parameters(anatomy: Anatomy, mask: Mask, form: Form, repair: Repair) -> int:
+    gone = frozenset[Block]() if form == "zeroed" else mask
+    return anatomy.total_parameters - anatomy.outline.removed_parameters(gone) + repair.added_parameters
 
 
 def _auto_classes(model: type[PreTrainedModel]) -> list[str]:

@@ -8,10 +8,10 @@ import os
 import sys
 
 from blockpruner.command import app
-from blockpruner.commands import finding, making, telling
+from blockpruner.commands import explaining, finding, making, telling, weighing
 from blockpruner.exits import catch_signals
 
-VERBS = (finding, making, telling)  # registered with the app when they are imported
+VERBS = (finding, making, telling, explaining, weighing)  # registered with the app when they are imported
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ model), once more of the dense model for the target `dense`. Memory: the sums of
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from blockpruner.errors import InputError, UnsupportedModelError
 from blockpruner.examples import Examples
-from blockpruner.gaps import UNREPAIRED, Gap, Repair, device_of, gaps
+from blockpruner.gaps import Gap, Repair, device_of, gaps
 from blockpruner.normal_equations import LinearMap, NormalEquations, mean_map, ridge_map
 from blockpruner.recovery import Bench, GapRecord
 from blockpruner.standin import Replacement, normed
-from blockpruner.updates import UpdatesAt, token_axes
+from blockpruner.updates import Observed, UpdatesAt, token_axes
 
 BATCH_TOKENS = 2048
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance of an input: those that held-out text chooses from
@@ -78,9 +78,12 @@ Sums = tuple[NormalEquations, NormalEquations]  # of the examples, and of what i
 
 
 def fill_gaps(bench: Bench, form: ClosedForm) -> tuple[Repair, tuple[GapRecord, ...]]:
-    """A replacement for every gap that can have one and is better off with it; the others are said, with the reason."""
-    repair, records = UNREPAIRED, list[GapRecord]()
-    places = gaps(bench.anatomy, bench.mask)
+    """A replacement for every gap that can have one and is better off with it; the others are said, with the reason.
+
+    Gaps that something stands in, or for, already are left as they are.
+    """
+    repair, records = bench.start, list[GapRecord]()
+    places = [gap for gap in gaps(bench.anatomy, bench.mask) if not repair.stands_for(gap)]
     axes = token_axes(bench.model)
     for number, gap in enumerate(places):
         bench.report(number, len(places), f"fitting {gap}")
@@ -89,7 +92,7 @@ def fill_gaps(bench: Bench, form: ClosedForm) -> tuple[Repair, tuple[GapRecord, 
         except UnsupportedModelError as error:
             records.append(left_alone(str(gap), gap.path, error.what))
             continue
-        record = _record(gap, form, fitted)
+        record = record_of(str(gap), gap.path, form, fitted)
         if not fitted.error < 1 and not bench.force:
             record = record.model_copy(update={"applied": False, "reason": WORSE})
         else:
@@ -121,7 +124,13 @@ def fitted_at(bench: Bench, gap: Gap, form: ClosedForm, repair: Repair, axes: di
     return min(found, key=lambda fitted: fitted.error)
 
 
-def gathered(updates: UpdatesAt, regressors: Sequence[Given], examples: Examples) -> dict[Given, NormalEquations]:
+class Observing(Protocol):
+    """Reads the two sides of a map, see `UpdatesAt`."""
+
+    def observe(self, batch: Examples) -> Observed: ...
+
+
+def gathered(updates: Observing, regressors: Sequence[Given], examples: Examples) -> dict[Given, NormalEquations]:
     """The sums of all examples for each regressor, from one walk over them."""
     sums: dict[Given, NormalEquations] = {}
     for batch in examples.batches(BATCH_TOKENS):
@@ -183,15 +192,16 @@ def replacement(fitted: Fitted, device: torch.device, dtype: torch.dtype) -> Rep
     return made.requires_grad_(False)
 
 
-def _record(gap: Gap, form: ClosedForm, fitted: Fitted) -> GapRecord:
+def record_of(removed: str, place: str, form: ClosedForm, fitted: Fitted) -> GapRecord:
+    """What a map does for the blocks of `removed`."""
     found, norm = fitted.found, fitted.given.norm
     settings: dict[str, str | int | float] = {"target": form.target, "sinks": form.sinks}
     if norm != "nothing":
         settings |= {"regressor": "stream" if norm == "none" else f"input ({norm})"}
         settings |= {"rank": form.rank, "ridge": fitted.ridge}
     return GapRecord(
-        removed=str(gap),
-        place=gap.path,
+        removed=removed,
+        place=place,
         added_parameters=sum(part.numel() for part in (found.down, found.up, found.bias) if part is not None),
         settings=settings,
         error=fitted.error,

@@ -83,7 +83,8 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def say_price(price: "Price", task: "Task") -> None:
-    data, ranked = task.data.record, f"; {price.passes:.3g} passes to rank" if price.passes else ""
+    beside = "to fit replacements" if task.replacing and not task.search.ranks else "to rank"
+    data, ranked = task.data.record, f"; {price.passes:.3g} passes {beside}" if price.passes else ""
     say(
         f"price: {price.evaluations} evaluations of {data.windows} windows x {data.window} tokens; about "
         f"{price.work.attention_tokens:,} attention-, {price.work.mlp_tokens:,} mlp- and "

@@ -3,13 +3,14 @@
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 
 from blockpruner.calibration import CalibrationRecord, TextOptions, load_calibration
 from blockpruner.errors import InputError
 from blockpruner.examples import Examples, Signs, examples_of, question
+from blockpruner.gaps import Filling
 from blockpruner.items import item_examples, read_items
 from blockpruner.measuring import Measure
 from blockpruner.models import computation
@@ -26,8 +27,11 @@ class Data:
     examples: Examples
     record: CalibrationRecord
 
-    def objective(self, subject: Subject, measure: Measure, **options: int) -> ModelObjective:
-        return ModelObjective(subject.model, subject.anatomy, self.examples, measure, memory=subject.memory, **options)
+    def objective(
+        self, subject: Subject, measure: Measure, filling: Filling | None = None, **options: int
+    ) -> ModelObjective:
+        more: Any = {"memory": subject.memory, "filling": filling, **options}
+        return ModelObjective(subject.model, subject.anatomy, self.examples, measure, **more)
 
 
 def read_data(subject: Subject, source: str, measure: Measure, *, seed: int = 0, **text: Unpack[TextOptions]) -> Data:

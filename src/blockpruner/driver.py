@@ -4,6 +4,7 @@ A search is deterministic, so a killed run resumes by running again: the journal
 the same decisions follow.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,12 @@ def _follow(
         match request:
             case Chosen(move, scores, ties, loss):
                 mask, answer = mask | move.blocks, None
+                if problem.target.rise is not None and (search.nested or problem.reached(mask, len(steps) + 1)):
+                    if budget is not None and sweeps.evaluated((mask,)) > budget:
+                        return Stop.BUDGET
+                    if _rise(sweeps, mask) > problem.target.rise:
+                        del steps[0 if not search.nested else len(steps) :]  # chosen only together, or one by one
+                        return Stop.LOSS
                 steps.append(Step(move, sweeps.loss(mask) or loss, scores, ties))
             case Ranked(gone, moves):
                 if scorer is None:
@@ -97,6 +104,13 @@ def _follow(
                     return Stop.BUDGET
                 answer = _evaluated(wanted, sweeps, f"{message}, {len(masks)} masks")
     return Stop.TARGET if problem.reached(mask, len(steps)) else Stop.NO_MOVES
+
+
+def _rise(sweeps: Evaluations, mask: Mask) -> float:
+    """How far the loss is above that of the whole model; infinite where it is not finite."""
+    losses = sweeps.losses((DENSE, mask), "is the loss within the target?")
+    dense, loss = losses[DENSE], losses[mask]
+    return math.inf if dense is None or loss is None else loss.value - dense.value
 
 
 def _evaluated(wanted: tuple[Mask, ...] | Partly | Pieces, sweeps: Evaluations, message: str) -> Any:

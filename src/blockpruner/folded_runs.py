@@ -15,7 +15,7 @@ from blockpruner.closed_form import BATCH_TOKENS, WORSE, Ridge, Target, left_alo
 from blockpruner.errors import InputError
 from blockpruner.examples import Examples
 from blockpruner.folding import Projection, foldable, projection
-from blockpruner.gaps import UNREPAIRED, Repair
+from blockpruner.gaps import Repair, gaps, reweighted
 from blockpruner.normal_equations import LinearMap, NormalEquations, ridge_map
 from blockpruner.parts import Anatomy
 from blockpruner.recovery import Bench, GapRecord
@@ -53,9 +53,8 @@ def runs(anatomy: Anatomy, mask: Mask) -> list[Run]:
 
 def fold_runs(bench: Bench, ridge: Ridge, sinks: float, target: Target) -> tuple[Repair, tuple[GapRecord, ...]]:
     """New last projections for the blocks before the runs. InputError, with the reasons, if no run can be folded."""
-    reasons, places = foldable(bench.model, bench.anatomy), runs(bench.anatomy, bench.mask)
-    axes = token_axes(bench.model)
-    repair, records = UNREPAIRED, list[GapRecord]()
+    repair, records, axes = bench.start, list[GapRecord](), token_axes(bench.model)
+    reasons, places = foldable(bench.model, bench.anatomy), _open(bench)
     for number, run in enumerate(places):
         bench.report(number, len(places), f"fitting {run}")
         if obstacle := _obstacle(bench.anatomy, run, reasons):
@@ -68,6 +67,12 @@ def fold_runs(bench: Bench, ridge: Ridge, sinks: float, target: Target) -> tuple
         why = "; ".join(f"{record.removed}: {record.reason}" for record in records[:3])
         raise InputError(f"nothing can be folded here: {why}", fix="use linear, which adds a map in the blocks' place")
     return repair, tuple(records)
+
+
+def _open(bench: Bench) -> list[Run]:
+    """The runs in which nothing stands yet."""
+    done = [gap.blocks for gap in gaps(bench.anatomy, bench.mask) if bench.start.stands_for(gap)]
+    return [run for run in runs(bench.anatomy, bench.mask) if not any(blocks <= set(run.blocks) for blocks in done)]
 
 
 def _obstacle(anatomy: Anatomy, run: Run, reasons: Mapping[str, str]) -> str:
@@ -111,7 +116,8 @@ class _Fit:
         )
         if not error < 1 and not self.bench.force:
             return self.repair, record.model_copy(update={"applied": False, "reason": WORSE})
-        weights = place.folded(self.bench.model, found.weight, found.bias)
+        with reweighted(self.bench.model, self.repair.weights):
+            weights = place.folded(self.bench.model, found.weight, found.bias)
         assert weights is not None  # there is a constant only where the projection has a bias
         return replace(self.repair, weights={**self.repair.weights, **weights}), record
 

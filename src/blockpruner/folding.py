@@ -2,7 +2,8 @@
 
 What a kept block adds to the stream is m = h W (+ c). A map of m that is to be added, m B + b, is then the same as the
 block with W (I + B) and c (I + B) + b, if nothing but a sum stands between its projection and the stream. Whether that
-is so is not read off, but tried: the projection is given a random map, and the layer must return what that should make.
+is so is not read off, but tried: the projection is given a random map (of rank one, which costs little), and the layer
+must return what that should make.
 """
 
 from dataclasses import dataclass
@@ -40,11 +41,22 @@ class Projection:
             return folded | {self.bias: (bias.to(behind) @ behind + added).to(bias)}
         return None if bool(added.any()) else folded
 
+    def nudged(self, model: nn.Module, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+        """Its parameters with I + left right^T behind it, both [outputs]; costs no more than reading them."""
+        weight = model.get_parameter(self.weight).data
+        wide = weight.to(left)
+        more = torch.outer(right, left @ wide) if self.turned else torch.outer(wide @ left, right)
+        nudged = {self.weight: (wide + more).to(weight)}
+        if self.bias is not None:
+            bias = model.get_parameter(self.bias).data
+            nudged[self.bias] = (bias.to(left) + (bias.to(left) @ left) * right).to(bias)
+        return nudged
+
 
 def foldable(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, str]:
     """By block, as text, why no map can be folded into its last projection; empty where one can.
 
-    Cost: one short forward pass, and per block four of its layer.
+    Cost: one short forward pass, and per block four of its layer and a few readings of its weights.
     """
     with evaluating(model), torch.no_grad():
         seen = {layer.path: layer for layers in find_stacks(model, example_inputs(model)).values() for layer in layers}
@@ -89,19 +101,17 @@ def _obstacle(model: PreTrainedModel, layer: Layer, part: Part, seen: SeenLayer)
                 update = whole - seen.flows()
             width = model.get_parameter(found.weight).shape[0 if found.turned else 1]
             generator = torch.Generator().manual_seed(0)
-            inner = torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
-            inner = inner.to(update.device)
-            weights = found.folded(model, inner, torch.zeros(width).to(inner))
-            assert weights is not None
-            expected = whole + (update.double() @ inner).to(whole)
-            with reweighted(model, weights):
+            exact = torch.promote_types(whole.dtype, torch.float32)
+            left, right = torch.randn(2, width, generator=generator).to(update.device, exact) / width**0.25
+            expected = whole + torch.outer((update.to(exact) @ left).flatten(), right).reshape(update.shape).to(whole)
+            with reweighted(model, found.nudged(model, left, right)):
                 folded = seen.flows()
     except MISFIT as error:
         if is_out_of_memory(error):
             raise
         return f"its projection cannot be changed alone ({type(error).__name__})"
-    exact = whole.dtype.itemsize >= 4
-    room = (1e-4 if exact else 5e-2) * float(update.abs().max()) + (1e-5 if exact else 2e-2) * float(whole.abs().max())
+    near, far = (1e-4, 1e-5) if whole.dtype.itemsize >= 4 else (5e-2, 2e-2)
+    room = near * float(update.abs().max()) + far * float(whole.abs().max())
     behind = [path.rpartition(".")[2] for path in part.idle if "norm" in path.lower()]
     return "" if float((folded - expected).abs().max()) <= room else _between(behind)
 

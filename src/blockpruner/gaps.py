@@ -1,7 +1,7 @@
 """Gaps: the places that removed blocks leave in a model, where something else may be put."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -38,10 +38,18 @@ class Gap:
 
 @dataclass(frozen=True)
 class Repair:
-    """What a recovery does to a pruned model: replacements by the path of their gap, and new values of parameters."""
+    """What a recovery does to a pruned model: replacements by the path of their gap, and new values of parameters.
+
+    spans: of replacements that stand for more than was in their gap, by path, all the blocks that they stand for.
+    """
 
     replacements: Mapping[str, Replacement] = field(default_factory=dict[str, Replacement])
     weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    spans: Mapping[str, Mask] = field(default_factory=dict[str, Mask])
+
+    def stands_for(self, gap: Gap) -> bool:
+        """Whether something stands in the gap already, or for it in another one."""
+        return gap.path in self.replacements or any(gap.blocks <= blocks for blocks in self.spans.values())
 
     @property
     def added_parameters(self) -> int:
@@ -49,6 +57,8 @@ class Repair:
 
 
 UNREPAIRED = Repair()
+
+Filling = Callable[[Layer, Mask], Mapping[str, Replacement]]  # of what is gone in a layer, by the paths of the gaps
 
 
 def gaps(anatomy: Anatomy, mask: Mask) -> list[Gap]:
@@ -62,6 +72,18 @@ def gaps(anatomy: Anatomy, mask: Mask) -> list[Gap]:
             else:
                 found += [Gap(frozenset([part.block]), part.path, layer, part) for part in gone]
     return found
+
+
+def filled(anatomy: Anatomy, mask: Mask, filling: Filling | None) -> Repair:
+    """What `filling` puts in all gaps of a mask."""
+    if filling is None:
+        return UNREPAIRED
+    found: dict[str, Replacement] = {}
+    for stack in anatomy.stacks:
+        for layer in stack.layers:
+            if gone := mask & {part.block for part in layer.parts}:
+                found |= filling(layer, gone)
+    return Repair(found)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -56,7 +56,7 @@ class Job:
     anatomy: Anatomy
     examples: Examples
     measure: Measure
-    options: Mapping[str, int]
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

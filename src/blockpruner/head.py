@@ -18,6 +18,7 @@ from blockpruner.probing import replaced
 
 _AT_ONCE = {"cpu": 2**18}  # logits that exist at a time: 1 MiB in float32, what a core's own cache holds
 _ELSEWHERE = 2**24
+_ALIGNED = 64  # bytes: where torch puts tensors of its own
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Head:
         rows = max(1, min(vocabulary, _AT_ONCE.get(states.device.type, _ELSEWHERE) // max(1, positions)))
         columns = states.to(weight.dtype).T.contiguous()  # some models widen their logits, and now these
         found = columns.new_empty(rows, positions)
+        aside = weight.new_empty(rows, weight.shape[1]) if weight.data_ptr() % _ALIGNED or rows < vocabulary else weight
         narrow = found.dtype != torch.float32
         wide = torch.empty_like(found, dtype=torch.float32) if narrow else found
         highest = wide.new_full((positions,), torch.finfo(torch.float32).min)
@@ -52,6 +54,8 @@ class Head:
         bounds = torch.searchsorted(ordered, torch.arange(0, vocabulary + rows, rows, device=targets.device)).tolist()
         for number, start in enumerate(range(0, vocabulary, rows)):
             some = weight[start : start + rows]
+            if some.data_ptr() % _ALIGNED:  # as in a mapped file: other sums of products, and so other bits
+                some = aside[: len(some)].copy_(some)
             logits = torch.mm(some, columns, out=found[: len(some)])
             if bias is not None:
                 logits += bias[start : start + rows, None]
@@ -96,5 +100,5 @@ def _linear_head(model: PreTrainedModel) -> Head | None:
     path = next((name for name, each in model.named_modules() if each is module), "") if module is not None else ""
     if not path or type(module) is not nn.Linear or module.weight.is_meta:
         return None
-    watched = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
-    return None if watched else Head(path, module)
+    own = getattr(module.forward, "__func__", None) is nn.Linear.forward  # else somebody has wrapped it
+    return Head(path, module) if own and not (module._forward_pre_hooks or module._forward_hooks) else None

@@ -102,6 +102,14 @@ class Journal:
         os.fsync(self._handle)
 
 
+def read_journal(path: Path) -> tuple[dict[str, str], tuple[dict[str, Any], ...]]:
+    """The identity and the records of a journal, to look at alone: it may be of any run, also one that goes on."""
+    found, _, _ = _read(path)
+    header = found[0] if found else {}
+    _check_header(path, header, header.get("identity", {}))
+    return header["identity"], tuple(found[1:])
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:

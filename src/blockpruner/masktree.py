@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask
+from blockpruner.gaps import Filling, attach
 from blockpruner.lending import at_hand
 from blockpruner.parts import Anatomy, Layer, layer_stand_ins
 from blockpruner.probing import Call, accepts, first_tensor, replaced, stood_in
@@ -99,13 +100,14 @@ class MaskTree:
 
     Memory over the weights: one state [rows, tokens, hidden] per live prefix, at most one per mask and three more,
     and the logits of the positions that are asked for at once. The model is used as it is and never changed for longer
-    than a call. inputs: by the names of the model's forward, [rows, tokens].
+    than a call. inputs: by the names of the model's forward, [rows, tokens]. filling: of the gaps that masks leave.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, filling: Filling | None = None) -> None:
         (stack,) = anatomy.stacks
         self.model = model
         self.layers = stack.layers
+        self._filling = filling
         self._extra = {"use_cache": False} if accepts(model, "use_cache") else {}
         self._recorders = self._layers_as(_Recorder)
         self._injectors = self._layers_as(_Injector)
@@ -147,9 +149,12 @@ class MaskTree:
         return lambda batch, mask: states.pop((batch, len(self.layers), mask))
 
     def _step(self, layer: Layer, call: Call, state: Tensor, removed: Mask) -> Tensor:
-        if len(removed) == len(layer.parts) and not layer.filled:
+        put = self._filling(layer, removed) if self._filling and removed else {}
+        if len(removed) == len(layer.parts) and not layer.filled and not put:
             return state  # proved: a layer without blocks is the identity
         with stood_in(self.model, layer_stand_ins(layer, removed)):
+            for path, replacement in put.items():
+                attach(self.model, path, replacement)
             # A copy: another child, or a prefix that skips this layer, may still need a state that is changed in place.
             output = first_tensor(call.again(self.model.get_submodule(layer.path), {layer.hidden: state.clone()}))
         assert output is not None  # read_anatomy has seen it

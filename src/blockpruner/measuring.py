@@ -12,9 +12,9 @@ class Measure(Protocol):
     """What is measured: a frozen dataclass, its fields the options of the method, one file in `objectives/`.
 
     title, source: its name and paper; unit: of its values; reads: whether the data are windows of text or items with
-    answers to choose from; of: whether it looks at the logits where a token is predicted, at nothing of them but the loss
-    of that token (`metrics.token_losses` is its `each` then), or at the last hidden states, meant over the tokens of a
-    row; compares: whether with those of the model as it was given.
+    answers to choose from; of: whether it looks at the logits where a token is predicted, at nothing of them but the
+    loss of that token (its `each` is `metrics.token_losses` then), or at the last hidden states, meant over the tokens
+    of a row; compares: whether with those of the model as it was given.
     """
 
     title: ClassVar[str]

@@ -1,9 +1,11 @@
 """From words to a recovered model: text is read, a recovery runs and is judged, and what it made is saved."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Required, Unpack
 
+from blockpruner.artifacts import run_folder
 from blockpruner.calibration import TextOptions
 from blockpruner.checkpoint import Saved
 from blockpruner.data import read_data
@@ -12,12 +14,25 @@ from blockpruner.examples import Examples
 from blockpruner.gaps import Repair
 from blockpruner.objectives.loss import Loss
 from blockpruner.plan import Plan
-from blockpruner.recoveries import parse_recovery
-from blockpruner.recovering import HELD_OUT, recover
-from blockpruner.recovery import RecoveryRecord
+from blockpruner.recoveries import RECOVERIES, check_installed, parse_chain
+from blockpruner.recovering import HELD_OUT, apart, recover
+from blockpruner.recovery import Recovery, RecoveryRecord, Trained
+from blockpruner.registry import format_method
 from blockpruner.searching import Progress
 from blockpruner.standin import MODEL_TYPE
 from blockpruner.subject import Subject, save_subject
+
+
+class MendOptions(TextOptions, total=False):
+    """The options of `prepare`."""
+
+    method: Required[str]
+    calibration: Required[str]
+    held_out: str | None
+    first: int | None
+    force: bool
+    seed: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class Mended:
                 fix="fit on more text, take another method, or write it all the same with --force",
             )
         if not self.repair.replacements and not self.repair.weights:
-            gap = self.record.gaps[0]
+            gap = next((gap for gap in self.record.gaps if gap.reason), self.record.gaps[0])
             raise CheckFailedError(
                 f"nothing was written, since nothing was recovered: {gap.removed}: {gap.reason}",
                 fix="fit on more text, or take another method",
@@ -50,10 +65,57 @@ class Mended:
         """
         self.check()
         files = {"recovery.json": self.record.model_dump_json(indent=2).encode() + b"\n"}
-        return save_subject(self.subject, self.plan, out, repair=self.repair, extra_files=files)
+        return save_subject(self.subject, self.plan, out, repair=self.repair, record=self.record, extra_files=files)
 
 
-def mend(
+@dataclass(frozen=True)
+class Task:
+    """A recovery with all that it needs, not begun yet. held_out: other text to judge by."""
+
+    subject: Subject
+    plan: Plan
+    chain: tuple[Recovery, ...]
+    examples: Examples
+    held_out: Examples
+    force: bool = False
+
+    @property
+    def trains(self) -> bool:
+        return any(isinstance(method, Trained) for method in self.chain)
+
+    def price(self) -> list[str]:
+        """What each method of the chain takes, in words: passes over the text to fit on, or tokens of a training."""
+        held, tokens = len(self.examples), self.examples.tokens
+        judged = len(self.held_out) * self.held_out.tokens
+        return [
+            f"{format_method(method, RECOVERIES).partition(':')[0]}: "
+            + (
+                method.price(held, tokens, judged)
+                if isinstance(method, Trained)
+                else f"{method.passes}, over {held * tokens:,} tokens"
+            )
+            for method in self.chain
+        ]
+
+    def run(self, progress: Progress | None = None, run: Path | None = None) -> Mended:
+        """Fit and judge. run: the folder for checkpoints of what is trained; a killed training goes on from there.
+
+        Cost, memory and errors: see `recovering.recover`; RunFolderError when the folder is in use, or of another run.
+        """
+        sources = [self.subject.folder] if self.subject.folder else []
+        with ExitStack() as held:
+            folder = held.enter_context(run_folder(run, sources=sources)) if run and self.trains else None
+            repair, record = recover(
+                *(self.subject.model, self.subject.anatomy, self.plan.mask(), self.chain),
+                *(self.examples, self.held_out),
+                force=self.force,
+                progress=progress,
+                folder=folder,
+            )
+        return Mended(self.subject, self.plan, repair, record)
+
+
+def prepare(
     subject: Subject,
     plan: Plan,
     *,
@@ -64,16 +126,17 @@ def mend(
     force: bool = False,
     seed: int = 0,
     source: str = "the plan",
-    progress: Progress | None = None,
     **text: Unpack[TextOptions],
-) -> Mended:
-    """Fit the recovery `method` for the dense model of `subject` without the blocks of `plan`, or its `first` steps.
+) -> Task:
+    """Read the words of the command line into a recovery that is ready to run, of the model without `plan`.
 
-    held_out: other text to judge by, a quarter as many tokens; without it the last fifth of the calibration text is
-    held out. force: keep also what held-out text is worse off with. Cost, memory and errors: see `recovering.recover`.
-    InputError, naming `source`, if the plan is not for this model or removes nothing.
+    method: one recovery, or several joined by commas; first: only so many steps of the plan; held_out: other text to
+    judge by, a quarter as many tokens; without it the last fifth of the calibration text is held out. force: keep also
+    what held-out text is worse off with. InputError, naming `source`, if the plan is not for this model or removes
+    nothing; MachineError for a package that is not installed.
     """
-    recovery = parse_recovery(method, seed=seed)
+    chain = parse_chain(method, seed=seed)
+    check_installed(chain)
     taken = plan if first is None else plan.cut(first)
     taken.check(subject.anatomy.outline, subject.identity, source)
     if not taken.steps:
@@ -87,12 +150,20 @@ def mend(
     judged = None
     if held_out is not None:
         judged = read(held_out, None if tokens is None else -(-tokens // (HELD_OUT - 1)))
-    repair, record = recover(
-        *(subject.model, subject.anatomy, taken.mask(), recovery, read(calibration, tokens), judged),
-        force=force,
-        progress=progress,
-    )
-    return Mended(subject, taken, repair, record)
+    fit, judged = apart(read(calibration, tokens), judged)
+    return Task(subject, taken, chain, fit, judged, force)
+
+
+def mend(
+    subject: Subject,
+    plan: Plan,
+    *,
+    progress: Progress | None = None,
+    run: Path | None = None,
+    **options: Unpack[MendOptions],
+) -> Mended:
+    """Fit a recovery for the dense model of `subject` without the blocks of `plan`; see `prepare` and `Task.run`."""
+    return prepare(subject, plan, **options).run(progress, run)
 
 
 def _check_whole(subject: Subject) -> None:

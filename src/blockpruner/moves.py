@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Self, cast
+from typing import ClassVar, Literal, Self, cast
 
 from blockpruner.blocks import Kind, Mask, Move, Outline
 from blockpruner.errors import InputError
@@ -108,6 +108,9 @@ class Target:
 
     unit: Literal["blocks", "layers", "params"]
     amount: int | Fraction
+
+    rise: ClassVar[float | None] = None
+    endless: ClassVar[bool] = False
 
     @classmethod
     def parse(cls, text: str) -> Self:

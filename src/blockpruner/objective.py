@@ -5,6 +5,7 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError, is_out_of_memory
 from blockpruner.examples import IGNORED, Examples
+from blockpruner.gaps import Filling, filled, repaired
 from blockpruner.head import Head, proved_head
 from blockpruner.masktree import Inputs, MaskTree, Node, output_of, sweep_work
 from blockpruner.measuring import Measure
@@ -24,7 +26,6 @@ from blockpruner.parts import Anatomy, Stack
 from blockpruner.probing import accepts, evaluating, first_tensor, vocabulary_size
 from blockpruner.searching import DENSE, BatchByBatch, Found, Values
 from blockpruner.spilling import Spill
-from blockpruner.surgery import skipped
 
 BATCH_TOKENS = 2048
 HEAD_POSITIONS = 256  # positions whose logits exist at once
@@ -48,6 +49,8 @@ class ModelObjective(BatchByBatch):
     memory: None: micro-batches one after the other; else all that are asked for at once go through a layer before the
     next one is wanted, with at most so many bytes of their states in memory and the others on disk: for models whose
     weights are streamed. The losses are the same bits, and are known when the last layer is done.
+
+    filling: what stands in the gaps that masks leave, see `replaceable`; None: nothing. Counted work is without it.
     """
 
     def __init__(
@@ -60,11 +63,12 @@ class ModelObjective(BatchByBatch):
         batch_tokens: int = BATCH_TOKENS,
         segment: int | None = None,
         memory: int | None = None,
+        filling: Filling | None = None,
     ) -> None:
         _check_fits(model, examples, measure)
         self.model, self.anatomy, self.examples, self.measure = model, anatomy, examples, measure
         self.unit = measure.unit
-        self.batch_tokens, self.memory = batch_tokens, memory
+        self.batch_tokens, self.memory, self.filling = batch_tokens, memory, filling
         adds_up = measure.reads == "text" and measure.of != "states"
         self.segment = min(segment, examples.targets.shape[1]) if segment and adds_up else examples.targets.shape[1]
         self.pieces = -(-examples.targets.shape[1] // self.segment)
@@ -194,14 +198,18 @@ class ModelObjective(BatchByBatch):
             yield torch.cat([sums for sums, _ in rows]), [count for _, counts in rows for count in counts]
 
     def _pass(self, mask: Mask, part: Examples) -> Tensor:
-        with skipped(self.model, mask, anatomy=self.anatomy):
+        with self._without(mask):
             return output_of(self.model(**part.inputs, **self._extra))[:, _positions(part)]
+
+    def _without(self, mask: Mask) -> AbstractContextManager[None]:
+        """The model as plain forward passes see it without a mask, with what stands in its gaps."""
+        return repaired(self.model, self.anatomy, mask, filled(self.anatomy, mask, self.filling))
 
     def _probe(self) -> str:
         """Empty if the mask tree agrees with plain forward passes on the last unit, else why it is not used."""
         if len(self.anatomy.stacks) != 1:
             return f"the model has {len(self.anatomy.stacks)} stacks"
-        self._tree = MaskTree(self.model, self.anatomy)
+        self._tree = MaskTree(self.model, self.anatomy, self.filling)
         try:
             last = next(self.examples.part(len(self.examples) - 1, len(self.examples)).rows())
             with evaluating(self.model):
@@ -225,7 +233,7 @@ class ModelObjective(BatchByBatch):
         last = self.model.get_submodule(stack.layers[-1].path)
         positions = _positions(row)[:PROBE_POSITIONS]
         for mask, state in self._tree.final_states(masks, row.inputs).items():
-            with skipped(self.model, mask, anatomy=self.anatomy):
+            with self._without(mask):
                 plain, output = self._final(last, row.inputs)
             for what, found, expected in (
                 ("the last state differs", state, plain),

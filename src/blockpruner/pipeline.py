@@ -10,8 +10,10 @@ from blockpruner.checkpoint import Saved
 from blockpruner.data import Data, read_data
 from blockpruner.evaluations import Evaluations
 from blockpruner.hands import Crew
+from blockpruner.mending import Mended, mend
 from blockpruner.objectives import OBJECTIVES
 from blockpruner.outcome import Contestant, Outcome
+from blockpruner.parts import Layer, layer_stand_ins
 from blockpruner.plan import Plan
 from blockpruner.planning import Task, find_plan, prepare
 from blockpruner.recipe import Recipe
@@ -19,6 +21,7 @@ from blockpruner.registry import format_method
 from blockpruner.rehearsal import Rehearsal
 from blockpruner.searches.random import Random
 from blockpruner.searching import DENSE, Progress
+from blockpruner.standin import Replacement
 from blockpruner.subject import Subject, save_subject
 
 RANDOMS = 5
@@ -35,6 +38,8 @@ def run(
 ) -> tuple[Outcome, Plan, Saved | None]:
     """Search, save the smaller model, measure it; all that is needed to do it again is left in the run folder.
 
+    A recipe with a recovery has it fitted again to what was found; where held-out text agrees, that is what is saved.
+
     recipe.json, journal.jsonl, plan.json, model/ and outcome.json; killed, the same call goes on.
     crew: workers for the search.
     """
@@ -45,6 +50,10 @@ def run(
     held_out = read_data(
         subject, recipe.evaluation.source, task.objective.measure, seed=recipe.seed, **recipe.evaluation.options()
     )
+    contestants = measured(task, held_out, masks)
+    mended = None if recipe.recovery is None else remade(recipe, subject, plan, progress)
+    if mended is not None:
+        contestants["recovered"] = recovered(task, held_out, mended)
     outcome = Outcome(
         format=Outcome.FORMAT,
         version=Outcome.VERSION,
@@ -53,18 +62,50 @@ def run(
         objective=format_method(task.objective.measure, OBJECTIVES),
         data=held_out.record,
         work=plan.work or Work(),
-        contestants=measured(task, held_out, masks),
+        contestants=contestants,
     )
     outcome.save(folder / "outcome.json")
     out = folder / "model"
-    return outcome, plan, save_subject(subject, plan, out) if save and not out.exists() else None
+    if not save or out.exists():
+        return outcome, plan, None
+    return outcome, plan, save_subject(subject, plan, out) if mended is None else mended.save(out)
 
 
 def prepared(recipe: Recipe, subject: Subject) -> Task:
     """The search of a recipe, ready to run."""
-    methods = recipe.model_dump(include={"search", "criterion", "objective", "moves", "protect", "target", "seed"})
+    words = {"search", "criterion", "objective", "moves", "protect", "target", "recovery", "seed"}
+    methods = recipe.model_dump(include=words)
     text = recipe.calibration
     return prepare(subject, calibration=text.source, **methods, **text.options())
+
+
+def remade(recipe: Recipe, subject: Subject, plan: Plan, progress: Progress | None) -> Mended | None:
+    """The recovery of a recipe on the pruned model's own states; None where held-out text is worse off with it."""
+    text, method = recipe.calibration, recipe.recovery or ""
+    found = mend(
+        subject,
+        plan,
+        method=method,
+        calibration=text.source,
+        seed=recipe.seed,
+        progress=progress,
+        **text.options(),
+    )
+    return found if found.record.applied and found.repair.replacements else None
+
+
+def recovered(task: Task, data: Data, mended: Mended) -> Contestant:
+    """What the recovered model is worth by the objective of the task on other data."""
+    subject, mask, repair = mended.subject, mended.plan.mask(), mended.repair
+
+    def filling(layer: Layer, removed: Mask) -> dict[str, Replacement]:
+        return {
+            path: repair.replacements[path] for path in layer_stand_ins(layer, removed) if path in repair.replacements
+        }
+
+    losses = Evaluations(data.objective(subject, task.objective.measure, filling)).losses([mask], "measuring")
+    left = subject.identity.parameters - subject.anatomy.outline.removed_parameters(mask)
+    return Contestant(removed=format_mask(mask), parameters=left + repair.added_parameters, loss=losses[mask])
 
 
 def at_random(task: Task) -> dict[str, Mask]:

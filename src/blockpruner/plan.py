@@ -43,7 +43,10 @@ class ModelIdentity(Record):
 
 
 class Method(Record):
-    """How a plan was found, in the words of the command line. criterion: of a search that ranks."""
+    """How a plan was found, in the words of the command line.
+
+    criterion: of a search that ranks; recovery: what stood in the place of removed blocks in all losses but the dense.
+    """
 
     search: str
     criterion: str | None = None
@@ -53,6 +56,7 @@ class Method(Record):
     protected: tuple[str, ...]
     seed: int
     dtype: str
+    recovery: str | None = None
 
 
 class PlanStep(Record):
@@ -129,6 +133,7 @@ class Plan(Artifact):
         criterion: str | None = None,
         problem: Problem,
         objective: str,
+        recovery: str | None = None,
         seed: int,
         dtype: str,
         model: ModelIdentity | None = None,
@@ -144,6 +149,7 @@ class Plan(Artifact):
             protected=format_protected(problem.protected),
             seed=seed,
             dtype=dtype,
+            recovery=recovery,
         )
         steps = tuple(
             PlanStep(

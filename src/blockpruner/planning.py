@@ -11,21 +11,29 @@ from blockpruner import driver
 from blockpruner.artifacts import Estimate, Work, run_folder
 from blockpruner.blocks import Mask, Move
 from blockpruner.calibration import TextOptions
+from blockpruner.costs import parse_card
 from blockpruner.criteria import CRITERIA, parse_criterion
 from blockpruner.criterion import Criterion, Lab
 from blockpruner.data import Data, identity, read_data
+from blockpruner.errors import InputError
+from blockpruner.evaluation.costing import bound, table_of
 from blockpruner.evaluations import Evaluations, Notes
+from blockpruner.examples import Examples
 from blockpruner.hands import Crew
 from blockpruner.journal import Journal
-from blockpruner.moves import Target, format_protected, parse_protected
+from blockpruner.moves import format_protected, parse_protected
 from blockpruner.objective import ModelObjective
 from blockpruner.objectives import OBJECTIVES, parse_objective
 from blockpruner.plan import Plan
+from blockpruner.recoveries import parse_recovery
 from blockpruner.registry import format_method
 from blockpruner.rehearsal import Rehearsal
+from blockpruner.replaceable import Replacing
+from blockpruner.scores import Recorded
 from blockpruner.searches import SEARCHES, parse_search
-from blockpruner.searching import DENSE, Problem, Progress, Scorer, Scores, Search, SearchResult
+from blockpruner.searching import DENSE, Problem, Progress, Scorer, Scores, Search, SearchResult, Stop
 from blockpruner.subject import Subject
+from blockpruner.targets import Goals, parse_target
 from blockpruner.workers import spread
 
 # What searches see of the data at once, or one window if that is longer, and how fine: races begin with two of these.
@@ -43,6 +51,7 @@ class Task:
     search: Search
     criterion: Criterion
     seed: int
+    replacing: Replacing | None = None
 
     def scorer(self, notes: Notes, progress: Progress | None) -> Callable[[Evaluations], Scorer]:
         """What scores moves for searches that rank them, by the criterion of the run."""
@@ -70,7 +79,10 @@ class Task:
 
             return free
 
-        return driver.run(self.search, self.problem, Rehearsal(self.objective), scorer=scorer), sum(passes)
+        target = self.problem.target  # made-up losses say nothing of when too much is lost
+        target = replace(target, rise=None) if isinstance(target, Goals) else target
+        problem = replace(self.problem, target=target)
+        return driver.run(self.search, problem, Rehearsal(self.objective), scorer=scorer), sum(passes)
 
 
 def prepare(
@@ -84,30 +96,62 @@ def prepare(
     moves: str = "block",
     protect: str = "",
     start: Plan | None = None,
+    recovery: str | None = None,
+    device_spec: str | None = None,
+    costs: Path | None = None,
+    progress: Progress | None = None,
     seed: int = 0,
     **text: Unpack[TextOptions],
 ) -> Task:
     """Read the words of the command line into a search that is ready to run; InputError for each that is not right.
 
-    criterion: for searches that rank; start: an earlier plan, for searches that improve one.
+    criterion: for searches that rank; start: an earlier plan, for searches that improve one; recovery: in closed form,
+    with which each mask is scored, see `replaceable`. For targets of speed: device_spec, a card that times are computed
+    for; costs, a file of times that were measured before; progress of measuring them now.
     """
+    wanted, card = parse_target(target), parse_card(device_spec) if device_spec else None
     outline = subject.anatomy.outline
     begun = () if start is None else tuple(Move.of(*step.blocks) for step in start.steps)
-    problem = Problem(outline, moves, Target.parse(target), parse_protected(protect, outline), start=begun)
+    goal = bound(wanted, subject, card=card, table=costs, progress=progress)
+    problem = Problem(outline, moves, goal, parse_protected(protect, outline), start=begun)
     method, measure = parse_search(search, seed=seed), parse_objective(objective)
-    ranks = parse_criterion(criterion, seed=seed) if isinstance(criterion, str) else criterion
+    ranks = _criterion(criterion, subject, seed) if isinstance(criterion, str) else criterion
+    if goal.endless and not method.nested:
+        raise InputError(
+            f"{goal} is the end of a search that goes step by step, and {method.title!r} is none",
+            fix="use --search greedy, exhaustive or one-shot, or add a target of size or speed",
+        )
     if method.ranks:
         subject.check_criterion(ranks)
     data = read_data(subject, calibration, measure, seed=seed, **text)
-    ready = data.objective(subject, measure, batch_tokens=BATCH_TOKENS, segment=SEGMENT)
+    inside = None if recovery is None else replacing(subject, recovery, data.examples)
+    seen = data if inside is None else replace(data, examples=inside.held_out)
+    ready = seen.objective(subject, measure, inside, batch_tokens=BATCH_TOKENS, segment=SEGMENT)
     problem = replace(problem, sizes=ready.sizes, unit=ready.unit)
-    return Task(subject, data, ready, problem, method, ranks, seed)
+    return Task(subject, data, ready, problem, method, ranks, seed, inside)
+
+
+def replacing(subject: Subject, recovery: str, examples: Examples) -> Replacing:
+    """The recovery of this name for a search; InputError where it cannot be inside one, or the weights are streamed."""
+    if subject.memory is not None:
+        raise InputError(
+            "replacements are fitted on forward passes to every layer, for which weights are not streamed",
+            fix="leave out --stream, or --recovery",
+        )
+    return Replacing.of(subject.model, subject.anatomy, parse_recovery(recovery), examples)
+
+
+def _criterion(text: str, subject: Subject, seed: int) -> Criterion:
+    """A criterion by its name, or the scores in a file of that name."""
+    if text.endswith(".json"):
+        return Recorded.read(Path(text), subject.identity)
+    return parse_criterion(text, seed=seed)
 
 
 @dataclass(frozen=True)
 class Price:
     """What a search will cost. evaluations: masks; work: counted tokens, of those; passes: forward passes over all data
-    that its criterion takes beside them; seconds: from one timed pass here.
+    that its criterion, and the fits of a recovery inside it, take beside them; seconds: from one timed pass here.
 
     All are those of a rehearsal; the true counts differ a little, those of races by some more.
     """
@@ -121,6 +165,7 @@ class Price:
 def quote(task: Task) -> Price:
     """The price of a search, said before it starts. Cost: one timed pass over one micro-batch."""
     result, passes = task.rehearsed
+    passes += 0 if task.replacing is None else task.replacing.passes(task.problem.moves(DENSE))
     once = sum((task.objective.work([DENSE], batch) for batch in range(task.objective.batches)), Work())
     seconds = task.objective.seconds(result.work) + passes * task.objective.seconds(once)
     return Price(result.evaluations, result.work, passes, seconds)
@@ -137,13 +182,21 @@ def find_plan(
 
     Without a run folder nothing is written. budget: evaluations at most. Ctrl-C ends in the plan of the steps so far,
     whose stop_reason says so. crew: workers that find the losses; the plan is the same.
+    InputError where workers are to find losses with replacements.
     RunFolderError when the folder is in use, or was begun with another model, data, method or version.
     """
+    if crew and task.replacing:
+        raise InputError(
+            "workers do not fit replacements", fix="leave out --workers, or --recovery and recover after the search"
+        )
     with ExitStack() as held:
         sources = [task.subject.folder] if task.subject.folder else []
         folder = held.enter_context(run_folder(run, sources=sources)) if run else None
         objective = held.enter_context(spread(task.objective, crew))
         journal = held.enter_context(Journal.open(folder / "journal.jsonl", _identity(task))) if folder else None
+        table = table_of(task.problem.target, task.subject)
+        if folder and table:
+            table.save(folder / "costs.json")  # which the same search must go by when it resumes
         result = driver.run(
             task.search,
             task.problem,
@@ -160,6 +213,7 @@ def find_plan(
             criterion=format_method(task.criterion, CRITERIA) if task.search.ranks else None,
             problem=task.problem,
             objective=format_method(task.objective.measure, OBJECTIVES),
+            recovery=task.replacing and task.replacing.text,
             seed=task.seed,
             dtype=task.subject.dtype,
             model=task.subject.identity,
@@ -167,7 +221,21 @@ def find_plan(
         )
         if folder:
             plan.save(folder / "plan.json")
+    _check_reached(task, result)
     return plan
+
+
+def _check_reached(task: Task, result: SearchResult) -> None:
+    """InputError, with the nearest that there is, if the loss ended the search before the other targets were met."""
+    target, outline = task.problem.target, task.problem.outline
+    if result.stop_reason != Stop.LOSS or not isinstance(target, Goals) or (target.endless and result.steps):
+        return
+    mask: Mask = frozenset().union(*(step.move.blocks for step in result.steps))
+    had = target.had(outline, mask)
+    raise InputError(
+        f"{target} cannot be had: within that loss this search removes {len(mask)} blocks{had and f' ({had})'}",
+        fix="allow more loss, ask for less, or try another search; the steps so far are in plan.json",
+    )
 
 
 def _identity(task: Task) -> dict[str, str]:
@@ -179,6 +247,7 @@ def _identity(task: Task) -> dict[str, str]:
         **identity(task.subject, task.data, task.objective, task.seed),
         "search": format_method(task.search, SEARCHES),
         **({"criterion": format_method(task.criterion, CRITERIA)} if task.search.ranks else {}),
+        **({"recovery": task.replacing.identity} if task.replacing else {}),
         **({"begun from": "+".join(map(str, task.problem.start))} if task.problem.start else {}),
         "moves": task.problem.granularity,
         "protected": ",".join(format_protected(task.problem.protected)),

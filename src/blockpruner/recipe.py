@@ -33,8 +33,9 @@ class Recipe(Artifact):
     """A procedure from a model to a plan.
 
     title, paper: what it repeats; differences: every deliberate one from the paper; search, criterion, objective,
-    moves, protect, target: in the words of the command line, the paper's; calibration: its data; evaluation: what the
-    result is measured on.
+    moves, protect, target: in the words of the command line, the paper's; recovery: the closed-form one that the search
+    counts on, and that is fitted again to what it found; calibration: its data; evaluation: what the result is measured
+    on.
     """
 
     FORMAT: ClassVar[str] = "blockpruner.recipe"
@@ -49,6 +50,7 @@ class Recipe(Artifact):
     moves: str = "block"
     protect: str = ""
     target: str
+    recovery: str | None = None
     seed: int = 0
     calibration: Text
     evaluation: Text = Text(source="wikitext2", split="test")

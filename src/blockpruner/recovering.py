@@ -1,6 +1,9 @@
-"""A pruned model made better: a recovery run, judged on held-out text, and applied if that agrees."""
+"""A pruned model made better: recoveries run, each judged on held-out text, and applied if that agrees."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -12,8 +15,8 @@ from blockpruner.examples import Examples
 from blockpruner.gaps import UNREPAIRED, Repair, repaired
 from blockpruner.objective import ModelObjective
 from blockpruner.parts import Anatomy
-from blockpruner.recoveries import RECOVERIES
-from blockpruner.recovery import Bench, Recovery, RecoveryRecord
+from blockpruner.recoveries import RECOVERIES, format_chain
+from blockpruner.recovery import Bench, Recovery, RecoveryRecord, StepRecord
 from blockpruner.registry import format_method
 from blockpruner.searching import DENSE, Progress
 
@@ -24,46 +27,74 @@ def recover(
     model: PreTrainedModel,
     anatomy: Anatomy,
     mask: Mask,
-    method: Recovery,
+    method: Recovery | Sequence[Recovery],
     examples: Examples,
     held_out: Examples | None = None,
     *,
     force: bool = False,
     progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> tuple[Repair, RecoveryRecord]:
     """The repair of `model` without the blocks of `mask`, and the record of what it is worth on held-out text.
 
     model: the dense one, which is only borrowed; `surgery.prune_` and `checkpoint.save_pruned` apply a repair.
-    held_out: other examples; without them the last fifth of `examples` is held out. A repair with which the held-out
-    loss is larger comes back empty, and the record says so, unless `force`.
-    Cost: the method's, and three evaluations of the loss on the held-out examples.
-    InputError where text to fit on is held out as well, or the method cannot do it.
+    method: one, or a chain of them, each of which goes on from what those before it made. held_out: other examples;
+    without them the last fifth of `examples` is held out. A step with which the held-out loss is larger than before it
+    is left out, and the record says so, unless `force`. folder: for checkpoints of what is trained, from which the same
+    call goes on. Cost: the methods', and two evaluations of the loss on the held-out examples, and one per method.
+    InputError where text to fit on is held out as well, or a method cannot do it.
     """
     anatomy.outline.check(mask, "the plan")
-    fit, held_out = _apart(examples, held_out)
-    bench = Bench(model, anatomy, mask, fit, held_out, force, progress)
-    repair, gaps = method.repair(bench)
+    fit, held_out = apart(examples, held_out)
+    chain = tuple(method) if isinstance(method, Sequence) else (method,)
     dense, pruned = loss(model, anatomy, held_out), loss(model, anatomy, held_out, mask)
-    recovered = loss(model, anatomy, held_out, mask, repair) if repair != UNREPAIRED else pruned
-    reason = "" if force else _worse(pruned, recovered)
+    bench = Bench(model, anatomy, mask, fit, held_out, force, progress)
+    repair, made, recovered, steps = UNREPAIRED, UNREPAIRED, pruned, list[StepRecord]()
+    for number, each in enumerate(chain, 1):
+        name = format_method(each, RECOVERIES)
+        here = None if folder is None else folder / f"{number}-{name.partition(':')[0]}"
+        made, gaps = each.repair(replace(bench, start=repair, folder=here))
+        _check_holds(made, repair, name)
+        found = recovered if _same(made, repair) else loss(model, anatomy, held_out, mask, made)
+        reason = "" if force else _worse(recovered, found)
+        steps.append(StepRecord(method=name, gaps=gaps, recovered=found, applied=not reason, reason=reason))
+        if not reason:
+            repair, recovered = made, found
+    applied = any(step.applied for step in steps)
+    worth = recovered if applied else steps[-1].recovered
     record = RecoveryRecord(
         format=RecoveryRecord.FORMAT,
         version=RecoveryRecord.VERSION,
-        method=format_method(method, RECOVERIES),
+        method=format_chain(chain),
         removed=format_mask(mask),
         examples=fit.fingerprint,
         held_out=held_out.fingerprint,
         tokens=(_tokens(fit), _tokens(held_out)),
-        gaps=gaps,
-        added_parameters=repair.added_parameters,
+        steps=tuple(steps),
+        added_parameters=(repair if applied else made).added_parameters,
         dense=dense,
         pruned=pruned,
-        recovered=recovered,
-        recovered_share=_share(dense, pruned, recovered),
-        applied=not reason,
-        reason=reason,
+        recovered=worth,
+        recovered_share=_share(dense, pruned, worth),
+        applied=applied,
+        reason="" if applied else steps[-1].reason,
     )
-    return (UNREPAIRED if reason else repair), record
+    return repair, record
+
+
+def _same(one: Repair, other: Repair) -> bool:
+    """Whether two repairs hold the very same things; tensors are not compared."""
+    pairs = ((one.replacements, other.replacements), (one.weights, other.weights))
+    return all(a.keys() == b.keys() and all(a[key] is b[key] for key in a) for a, b in pairs)
+
+
+def _check_holds(made: Repair, start: Repair, name: str) -> None:
+    """InputError if a method began anew instead of going on from what was there."""
+    if start.replacements.keys() - made.replacements.keys() or start.weights.keys() - made.weights.keys():
+        raise InputError(
+            f"{name.partition(':')[0]} begins with the plain pruned model, so it cannot follow another method",
+            fix="put it first in the chain",
+        )
 
 
 def loss(
@@ -80,7 +111,7 @@ def loss(
         return Evaluations(ModelObjective(model, anatomy, examples)).losses([DENSE], "measuring")[DENSE]
 
 
-def _apart(examples: Examples, held_out: Examples | None) -> tuple[Examples, Examples]:
+def apart(examples: Examples, held_out: Examples | None) -> tuple[Examples, Examples]:
     """Text to fit on, and other text to judge by; InputError if some of it is the same."""
     for asked in (examples, held_out):
         if asked is not None and asked.question == "choices":

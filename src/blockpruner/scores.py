@@ -1,11 +1,17 @@
 """The scores of moves by one or more criteria as data."""
 
+import hashlib
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import Field
 
 from blockpruner.artifacts import Artifact, Estimate, Record
-from blockpruner.blocks import Move
+from blockpruner.blocks import Mask, Move, parse_mask
+from blockpruner.criterion import Lab, Needs
+from blockpruner.errors import InputError
 from blockpruner.plan import BlockText, ModelIdentity, MoveText
 from blockpruner.ranking import spearman
 from blockpruner.searching import Scores
@@ -55,6 +61,63 @@ class ScoreTable(Artifact):
     def agreement(self) -> dict[str, dict[str, float | None]]:
         """Spearman's rank correlation between every two criteria over the moves that both scored, if two or more."""
         return {a.criterion: {b.criterion: _agreement(a, b) for b in self.criteria} for a in self.criteria}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Scores of an earlier run as a criterion, so that many plans can be made of them: nothing is measured again.
+
+    criterion: which one of the file; digest: of its scores. InputError where what was gone then is not what is gone now
+    (a search that ranks again needs a criterion), or where a move has no score in the file.
+    """
+
+    criterion: str
+    digest: str
+    known: InitVar[CriterionScores]
+    gone: InitVar[Mask]
+
+    title: ClassVar[str] = "Scores from a file"
+    source: ClassVar[str] = "an earlier run"
+    needs: ClassVar[Needs] = "nothing"
+    passes: ClassVar[str] = "none"
+    moves: ClassVar[str] = "those in the file"
+
+    def __post_init__(self, known: CriterionScores, gone: Mask) -> None:
+        object.__setattr__(self, "_held", (known.scores, gone))
+
+    @classmethod
+    def read(cls, path: Path, model: ModelIdentity | None = None) -> Self:
+        """The scores in `path`, of one criterion; InputError if there are several, or they are of another model."""
+        table = ScoreTable.load(path)
+        if len(table.criteria) != 1:
+            names = ", ".join(one.criterion for one in table.criteria)
+            raise InputError(f"{path} has scores of several criteria: {names}", fix="score with one criterion")
+        if table.model is not None and model is not None and table.model.fingerprint != model.fingerprint:
+            raise InputError(f"{path} has scores of {table.model.name}, another model", fix="score this model")
+        only = table.criteria[0]
+        digest = hashlib.sha256(only.model_dump_json().encode()).hexdigest()[:16]
+        return cls(only.criterion, digest, only, parse_mask("+".join(table.removed) or "dense"))
+
+    def scores(self, lab: Lab, moves: Sequence[Move]) -> Scores:
+        self.cost(lab, moves)
+        return {move: self._known[str(move)] for move in moves}
+
+    def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
+        missing = [str(move) for move in moves if str(move) not in self._known]
+        if missing or lab.mask != self._gone:
+            reason = f"has no score of {missing[0]}" if missing else "is of a model from which other blocks are gone"
+            raise InputError(
+                f"the file of scores {reason}", fix="use --search one-shot or knapsack, and the same moves"
+            )
+        return 0.0
+
+    @property
+    def _known(self) -> dict[str, Estimate | None]:
+        return self.__dict__["_held"][0]
+
+    @property
+    def _gone(self) -> Mask:
+        return self.__dict__["_held"][1]
 
 
 def least_first(scores: Scores) -> list[Move]:

@@ -14,6 +14,7 @@ from blockpruner.blocks import Mask, Move, Outline
 from blockpruner.errors import CheckFailedError
 from blockpruner.moves import GRANULARITIES, Target, offered
 from blockpruner.registry import lookup
+from blockpruner.targets import Goals
 
 DENSE: Mask = frozenset()
 
@@ -81,7 +82,7 @@ class Problem:
 
     outline: Outline
     granularity: str
-    target: Target
+    target: Target | Goals
     protected: frozenset[tuple[str, int]] = frozenset()
     sizes: tuple[int, ...] = (1,)
     unit: str = ""
@@ -101,8 +102,9 @@ class Problem:
         return offered(self.granularity, self.outline, mask, self.protected)
 
     def reached(self, mask: Mask, steps: int) -> bool:
-        """Whether `mask`, made by `steps` moves, removes enough."""
-        return self.target.reached(self.outline, mask, steps)
+        """Whether `mask`, made by `steps` moves, removes enough; where the loss alone is the end, whether all went."""
+        enough = self.target.reached(self.outline, mask, steps)
+        return enough or (self.target.endless and not self.moves(mask))
 
     def most_steps(self) -> int:
         """The number of moves to the target; an upper bound where the target counts parameters."""
@@ -189,6 +191,7 @@ class Stop(StrEnum):
 
     TARGET = "the target is reached"
     NO_MOVES = "no move is left"
+    LOSS = "one more step would raise the loss by more than the target allows"
     BUDGET = "the budget of evaluations is used up"
     INTERRUPTED = "interrupted; the steps so far are a usable plan"
 

@@ -11,9 +11,12 @@ from blockpruner.checkpoint import Form, Saved, save_pruned
 from blockpruner.criterion import Criterion
 from blockpruner.errors import InputError
 from blockpruner.gaps import UNREPAIRED, Repair
+from blockpruner.model_card import Written, license_of, model_card
 from blockpruner.models import LoadedModel, identify
 from blockpruner.parts import Anatomy
 from blockpruner.plan import ModelIdentity, Plan
+from blockpruner.recovery import RecoveryRecord
+from blockpruner.spans import layer_map, spans
 
 
 @dataclass(frozen=True)
@@ -75,25 +78,34 @@ def save_subject(
     form: Form | None = None,
     source: str = "the plan",
     repair: Repair = UNREPAIRED,
+    record: RecoveryRecord | None = None,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> Saved:
     """Write the model without the blocks of `plan`, or of its `first` steps, to the new folder `out`.
 
-    Those steps go beside the weights as plan.json, with the `extra_files`; repair: of a recovery.
+    Those steps go beside the weights as plan.json, with a model card, and the `extra_files`; repair, record: of a
+    recovery.
     All is reloaded and compared, see `checkpoint.save_pruned`.
     InputError, naming `source`, if the plan is not for this model.
     """
     plan.check(subject.anatomy.outline, subject.identity, source)
-    mask = plan.mask(first)
+    mask, anatomy = plan.mask(first), subject.anatomy
     taken = plan if first is None else plan.cut(first)
+
+    def card(form: str, parameters: int, auto_class: str) -> str:
+        layers = layer_map(anatomy, mask, repair) if spans(anatomy, mask) else None
+        made = Written(form, parameters, auto_class)
+        return model_card(subject.identity, taken, made, record, license_of(subject.folder), layers)
+
     return save_pruned(
         subject.model,
         subject.given_tokenizer,
-        subject.anatomy,
+        anatomy,
         mask,
         out,
         form=form,
         source=subject.folder,
         extra_files={"plan.json": taken.model_dump_json(indent=2).encode() + b"\n", **(extra_files or {})},
         repair=repair,
+        card=card,
     )

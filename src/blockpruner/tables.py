@@ -1,21 +1,26 @@
 """Artifacts as tables on stdout, and the anatomy as JSON."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from blockpruner.artifacts import Estimate
 from blockpruner.checkpoint import Saved
 from blockpruner.console import table
 from blockpruner.evaluation.quality import Evaluation
+from blockpruner.folding import foldable
 from blockpruner.outcome import Outcome
 from blockpruner.plan import Plan
 from blockpruner.ranking import ranks
-from blockpruner.recovery import RecoveryRecord
+from blockpruner.recoveries import RECOVERIES
+from blockpruner.recovery import GapRecord, RecoveryRecord
+from blockpruner.registry import format_method
 from blockpruner.scores import ScoreTable
 from blockpruner.subject import Subject
 
 
 def anatomy_json(subject: Subject) -> dict[str, Any]:
-    """What `inspect --json` prints."""
+    """What `inspect --json` prints. fold_obstacle: why no map can be folded into the block; null where one can."""
+    obstacles = foldable(subject.model, subject.anatomy)
     return {
         "model": subject.identity.model_dump(),
         "dtype": subject.dtype,
@@ -32,6 +37,7 @@ def anatomy_json(subject: Subject) -> dict[str, Any]:
                 "compute_share": part.compute,
                 "cache_bytes_per_token": part.cache_bytes,
                 "kind_known_by": part.evidence,
+                "fold_obstacle": obstacles[str(part.block)] or None,
             }
             for part in subject.anatomy.parts.values()
         ],
@@ -62,6 +68,7 @@ def print_anatomy(subject: Subject) -> None:
         print(f"A recovery put something in the place of blocks that are gone, which stays: {', '.join(filled)}.")
     if kept := sorted(subject.anatomy.outline.kept, key=lambda block: block.order):
         print(f"Others need what these make, so removing them saves nothing: {', '.join(map(str, kept))}.")
+    print(foldings(foldable(subject.model, subject.anatomy)))
     for path, reason in subject.anatomy.left.items():
         print(f"Left alone: {path}: {reason}")
     cache = subject.anatomy.cache_bytes()
@@ -71,6 +78,17 @@ def print_anatomy(subject: Subject) -> None:
             print(
                 f"{stack.path}: an mlp and the next attention, removed together, leave a stock model (--moves stock)."
             )
+
+
+def foldings(obstacles: Mapping[str, str]) -> str:
+    """Into which blocks `recover --method replaceme` can fold a map, and the first reason why not, in one line."""
+    blocked = [block for block, reason in obstacles.items() if reason]
+    said = f"A recovery can fold a map into {len(obstacles) - len(blocked)} of {len(obstacles)} blocks (replaceme)"
+    if not blocked:
+        return f"{said}."
+    others = len(blocked) - 1
+    more = f" and {others} other{'s' if others > 1 else ''}" if others else ""
+    return f"{said}; not into {blocked[0]}{more}: {obstacles[blocked[0]]}."
 
 
 def print_plan(plan: Plan) -> None:
@@ -100,7 +118,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
     ]
     dtypes = ", ".join(dict.fromkeys(quality.dtype for quality in contestants))
     columns = ("model", ">parameters", ">KV B/token", ">loss in nats", ">perplexity", ">bits/byte")
-    protocol = f"{data.windows} windows x {data.window} tokens, BOS: {data.bos}, {dtypes}"
+    named = f"protocol {evaluation.protocol}, " if evaluation.protocol else ""
+    protocol = f"{named}{data.windows} windows x {data.window} tokens, BOS: {data.bos}, {dtypes}"
     table(f"{data.source}: {protocol}; ± standard error over windows", columns, rows)
     if len({quality.fingerprint for quality in contestants}) > 1:
         print("These models split the text into different tokens: compare bits per byte, not loss or perplexity.")
@@ -121,21 +140,19 @@ def print_saved(saved: Saved, before: int) -> None:
 
 
 def print_recovery(record: RecoveryRecord) -> None:
-    """What was done at each gap, and what all of it is worth on held-out text."""
-    rows = [
-        (
-            gap.removed,
-            gap.place or "-",
-            f"{gap.added_parameters:,}" if gap.applied else "-",
-            "-" if gap.error is None else f"{gap.error:.1%}",
-            ", ".join(f"{name}={value}" for name, value in gap.settings.items()) if gap.applied else gap.reason,
-        )
-        for gap in record.gaps
-    ]
+    """What each step did at each gap, and what all of it is worth on held-out text."""
     columns = ("removed", "place", ">parameters", ">still missing", "how")
-    table(
-        f"{record.method}, fitted on {record.tokens[0]:,} tokens, judged by {record.tokens[1]:,} others", columns, rows
-    )
+    for step in record.steps:
+        title = f"{_brief(step.method)}, fitted on {record.tokens[0]:,} tokens, judged by {record.tokens[1]:,} others"
+        table(title, columns, [_filled(gap) for gap in step.gaps])
+        curve = next((gap.curve for gap in step.gaps if gap.curve), ())
+        if curve:
+            looks = ", ".join(f"{look.step}: {'-' if look.loss is None else f'{look.loss:.4f}'}" for look in curve)
+            print(f"Held-out loss by step: {looks}")
+        if not step.applied:
+            print(f"Left out: {step.reason}")
+        elif len(record.steps) > 1:
+            print(f"Held-out loss with it: {_value(step.recovered)}")
     losses = {"dense": record.dense, "pruned": record.pruned, "recovered": record.recovered}
     print("Held-out loss: " + ", ".join(f"{name} {_value(loss)}" for name, loss in losses.items()))
     if record.recovered_share is not None:
@@ -143,6 +160,25 @@ def print_recovery(record: RecoveryRecord) -> None:
         print(
             f"{share} with {record.added_parameters:,} parameters; the same text made choices, so judge by other text."
         )
+
+
+def _brief(method: str) -> str:
+    """A recovery with those of its options that are not as they come."""
+    name, _, options = method.partition(":")
+    usual = format_method(RECOVERIES[name](), RECOVERIES).partition(":")[2].split(",") if name in RECOVERIES else []
+    told = [option for option in options.split(",") if option not in usual]
+    return f"{name}:{','.join(told)}" if told else name
+
+
+def _filled(gap: GapRecord) -> tuple[str, ...]:
+    how = ", ".join(f"{name}={value}" for name, value in gap.settings.items())
+    return (
+        gap.removed,
+        gap.place or "-",
+        f"{gap.added_parameters:,}" if gap.applied else "-",
+        "-" if gap.error is None else f"{gap.error:.1%}",
+        (f"{how}; {gap.reason}" if gap.reason else how) if gap.applied else gap.reason,
+    )
 
 
 def _value(estimate: Estimate | None, digits: int = 4) -> str:

@@ -43,7 +43,7 @@ class Observed:
     weights: Tensor
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Leaves a forward pass once what was to be seen was seen."""
 
 
@@ -55,12 +55,12 @@ def at_layer(model: PreTrainedModel, path: str, batch: Examples, look: Callable[
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         handle.remove()
         found.append(look(module, Call(args, kwargs, None)))
-        raise _Stop
+        raise Stop
 
     handle = model.get_submodule(path).register_forward_pre_hook(before, with_kwargs=True)
     extra = {"use_cache": False} if accepts(model, "use_cache") else {}
     try:
-        with evaluating(model), contextlib.suppress(_Stop):
+        with evaluating(model), contextlib.suppress(Stop):
             model(**batch.to(model.device).inputs, **extra)
     finally:
         handle.remove()
@@ -82,7 +82,7 @@ def stream_after(
         stream = dict(call.inputs())[layer.hidden]
         silent = {path: spec for part in later for path, spec in {**part.modules, **part.idle}.items()}
         with stood_in(model, silent):
-            return _tensor(call.again(module, {layer.hidden: stream.clone()})).clone()
+            return tensor_of(call.again(module, {layer.hidden: stream.clone()})).clone()
 
     with repaired(model, anatomy, mask, repair):
         return at_layer(model, layer.path, batch, look)
@@ -162,14 +162,14 @@ class UpdatesAt:
     def _layer(self, module: nn.Module, call: Call) -> Observed:
         """Of a layer that left whole: what reaches it is the stream, and what is missing is what it does to that."""
         stream = dict(call.inputs())[self.gap.layer.hidden].clone()
-        update = _tensor(call.again(module, {self.gap.layer.hidden: stream.clone()})) - stream
+        update = tensor_of(call.again(module, {self.gap.layer.hidden: stream.clone()})) - stream
         return Observed(flat(stream), flat(update), self._weights(stream, stream))
 
     def _part(self, module: nn.Module, call: Call) -> Observed:
         stream = dict(call.inputs())[self.gap.layer.hidden].clone()
 
         def again() -> Tensor:
-            return _tensor(call.again(module, {self.gap.layer.hidden: stream.clone()}))
+            return tensor_of(call.again(module, {self.gap.layer.hidden: stream.clone()}))
 
         given = self._given(again)
         if not torch.isfinite(given).all():
@@ -184,8 +184,8 @@ class UpdatesAt:
 
     def _given(self, again: Callable[[], Tensor]) -> Tensor:
         """What a replacement in the gap would be given."""
-        taking = _Taking()
-        with stood_in(self.model, self._opening), contextlib.suppress(_Stop):
+        taking = Taking()
+        with stood_in(self.model, self._opening), contextlib.suppress(Stop):
             attach(self.model, self.gap.path, taking)
             again()
         if taking.seen is None:
@@ -232,7 +232,7 @@ class UpdatesAt:
         assert self.gap.part is not None
         # Not what leaves with all blocks of a layer: what stands in the other gaps must get what it got for `whole`.
         with stood_in(self.model, {**self.gap.part.modules, **self.gap.part.idle}):
-            attach(self.model, self.gap.path, _Giving(update))
+            attach(self.model, self.gap.path, Giving(update))
             try:
                 found = again()
             except RuntimeError:  # of a shape that does not fit there
@@ -260,17 +260,17 @@ def token_weights(states: Tensor, axis: int, sinks: float) -> Tensor:
     return weights.flatten()
 
 
-class _Taking(nn.Module):
+class Taking(nn.Module):
     """In the place of a replacement: takes what it is given, and leaves."""
 
     seen: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.seen = hidden.clone()
-        raise _Stop
+        raise Stop
 
 
-class _Giving(nn.Module):
+class Giving(nn.Module):
     """In the place of a replacement: gives what it was made with."""
 
     def __init__(self, update: Tensor) -> None:
@@ -285,7 +285,8 @@ def flat(states: Tensor) -> Tensor:
     return states.reshape(-1, states.shape[-1])
 
 
-def _tensor(output: Any) -> Tensor:
+def tensor_of(output: Any) -> Tensor:
+    """The stream among what a layer returns."""
     found = first_tensor(output)
     assert found is not None  # read_anatomy has seen it
     return found

@@ -109,10 +109,18 @@ def score(
 @verb("blockpruner search demo --target blocks=6 --calibration builtin --tokens 1024 --window 256")
 def search(
     model: Model,
-    target: Annotated[str, typer.Option(help="blocks=6, layers=3 or params=-25%.")],
+    target: Annotated[
+        str,
+        typer.Option(
+            help="blocks=6, layers=3, params=-25%, memory=16GiB,context=32768,batch=8, speed=1.3x:decode "
+            "or loss=+0.1; several joined by commas."
+        ),
+    ],
     calibration: Annotated[str, typer.Option(metavar="SOURCE", help=Source)],
     method: Annotated[str, typer.Option("--search", help="Search, with options as name:key=value.")] = "greedy",
-    criterion: Annotated[str, typer.Option(help="What ranks the moves, for searches that rank.")] = "cosine",
+    criterion: Annotated[
+        str, typer.Option(help="What ranks the moves, for searches that rank; or scores.json of `score`.")
+    ] = "cosine",
     objective: Objective = "loss",
     moves: Annotated[str, typer.Option(help="block, attention, mlp, layer or stock.")] = "block",
     protect: Protect = "",
@@ -121,6 +129,15 @@ def search(
     loading: Loading = LOADING,
     stream: Stream = False,
     memory: Memory = None,
+    recovery: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="Score each removal with bias or linear:rank=64 in its place.")
+    ] = None,
+    device_spec: Annotated[
+        str | None,
+        typer.Option(
+            "--device-spec", metavar="CARD", help="Compute speed for l4, l40s, a100, h100; else measured here."
+        ),
+    ] = None,
     run: Run = None,
     start: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="A plan to improve, for swap.")] = None,
     budget: Annotated[int | None, typer.Option(min=1, help="Evaluations of a mask at most.")] = None,
@@ -132,14 +149,23 @@ def search(
     """Find which blocks to remove. Writes plan.json into the run folder; killed, the same command goes on."""
     from blockpruner.plan import Plan
     from blockpruner.planning import find_plan, prepare, quote
+    from blockpruner.recoveries import parse_recovery
     from blockpruner.searching import Stop
     from blockpruner.tables import print_plan
+    from blockpruner.targets import parse_target
 
+    if recovery:
+        parse_recovery(recovery)  # a mistake is said before the model is loaded
+    parse_target(target)  # this too
     crew = crew_of(workers, ray, model, loading)
     subject = opened(model, loading, stream_memory(stream, memory, workers))
+    run = run or Path("runs", Path(model).name)
     task = prepare(
         subject,
         target=target,
+        device_spec=device_spec,
+        costs=run / "costs.json",
+        progress=Progress(),
         calibration=calibration,
         search=method,
         criterion=criterion,
@@ -147,9 +173,12 @@ def search(
         moves=moves,
         protect=protect,
         start=Plan.read(start, subject.anatomy.outline) if start else None,
+        recovery=recovery,
         **text.options(),
         seed=seed,
     )
+    if task.replacing:
+        say(f"recovery inside the search: {task.replacing.identity}")
     price = quote(task)
     say_price(price, task)
     if dry_run:
@@ -157,7 +186,6 @@ def search(
             figures = {"evaluations": price.evaluations, **price.work.model_dump(), "passes": price.passes}
             print_json({**figures, "seconds": round(price.seconds, 1)})
         return
-    run = run or Path("runs", Path(model).name)
     plan = find_plan(task, run, Progress(), budget, crew)
     say(f"plan: {run / 'plan.json'} ({plan.stop_reason})")
     if as_json:
@@ -168,3 +196,6 @@ def search(
         raise KeyboardInterrupt
     prune = ["blockpruner", "prune", model, "--plan", str(run / "plan.json"), "--out", str(run / "model")]
     say(f"next: {shlex.join(prune)}")
+    if recovery:
+        recover = ["blockpruner", "recover", str(run / "plan.json"), "--method", recovery, "--calibration", calibration]
+        say(f"or: {shlex.join([*recover, '--out', str(run / 'recovered')])}")

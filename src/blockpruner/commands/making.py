@@ -76,10 +76,12 @@ def prune(
         print_saved(saved, subject.identity.parameters)
 
 
-@verb("blockpruner recover pruned --method linear:rank=64 --calibration alpaca --out recovered")
+@verb("blockpruner recover pruned --method linear:rank=64,lora --calibration alpaca --out recovered")
 def recover(
     pruned: Annotated[Path, typer.Argument(metavar="PLAN_OR_PRUNED", help="plan.json, or a folder from `prune`.")],
-    method: Annotated[str, typer.Option(help="bias, linear:rank=64 or replaceme; `list` says more.")],
+    method: Annotated[
+        str, typer.Option(help="bias, linear:rank=64, lora, ...; several with commas; `list` says more.")
+    ],
     calibration: Annotated[str, typer.Option(metavar="SOURCE", help="Text to fit on. " + Source)],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the model.")],
     dense: Annotated[str | None, typer.Option(metavar="MODEL", help="The whole model; else as the plan says.")] = None,
@@ -91,20 +93,25 @@ def recover(
     text: Text = TEXT,
     seed: Seed = 0,
     loading: Loading = STORED,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="Checkpoints of a training; it resumes there. OUT.run if left out."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say the price and stop.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Win quality back: put something small where blocks were. Fitted without training, judged on held-out text."""
+    """Win quality back: something small where blocks were, or training. Judged on held-out text, step by step."""
     from blockpruner.artifacts import check_new_folder
-    from blockpruner.mending import mend
+    from blockpruner.mending import prepare
     from blockpruner.plan import Plan
-    from blockpruner.recoveries import parse_recovery
+    from blockpruner.recoveries import check_installed, parse_chain
     from blockpruner.tables import print_recovery, print_saved
 
     check_new_folder(out, sources=(pruned,) if pruned.is_dir() else ())
-    parse_recovery(method, seed=seed)  # a mistake is said before the model is loaded
+    check_installed(parse_chain(method, seed=seed))  # a mistake is said before the model is loaded
     plan = _plan_of(pruned)
     subject = _dense(plan, dense, loading)
-    mended = mend(
+    task = prepare(
         subject,
         Plan.read(plan, subject.anatomy.outline),
         method=method,
@@ -114,9 +121,15 @@ def recover(
         force=force,
         seed=seed,
         source=str(plan),
-        progress=Progress(),
         **text.options(),
     )
+    for line in task.price():
+        say(f"price: {line}")
+    if dry_run:
+        if as_json:
+            print_json({"price": task.price()})
+        return
+    mended = task.run(Progress(), run or out.with_name(f"{out.name}.run"))
     if not as_json:
         print_recovery(mended.record)
     saved = mended.save(out)

@@ -1,7 +1,10 @@
 """What is what: evaluate, list."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,43 +20,93 @@ from blockpruner.options import (
     Text,
 )
 
+if TYPE_CHECKING:
+    from blockpruner.evaluation.assessment import Contestant
 
-@verb("blockpruner evaluate demo pruned --data wikitext2 --tokens 16384")
+Protocol = Annotated[
+    str | None, typer.Option(help="As a paper measures perplexity: blockpruner, shortened-llama, deeper-look, ...")
+]
+Suite = Annotated[str | None, typer.Option(help="Tasks: quick, paper, full, or a paper's: blockpruner, mmlu, ...")]
+Tasks = Annotated[str | None, typer.Option(metavar="NAMES", help="Tasks of lm-eval by name: piqa,boolq.")]
+IncludePath = Annotated[
+    Path | None, typer.Option("--include-path", metavar="DIR", help="Task files of your own; their Python code is run.")
+]
+Limit = Annotated[int | None, typer.Option(metavar="N", help="Items per task; all, or as the suite says, if left out.")]
+Shots = Annotated[int | None, typer.Option(metavar="N", help="Examples before each question, in place of the suite's.")]
+Batch = Annotated[int, typer.Option(min=1, help="Requests of a task at a time.")]
+Generate = Annotated[bool, typer.Option("--generate", help="Let the models write, and say whether one collapsed.")]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is to be found out beside perplexity."""
+
+    protocol: Protocol = None
+    suite: Suite = None
+    tasks: Tasks = None
+    include_path: IncludePath = None
+    limit: Limit = None
+    shots: Shots = None
+    batch: Batch = 1
+    generate: Generate = False
+
+
+QUESTIONS = Questions()
+
+
+@verb("blockpruner evaluate demo pruned --data wikitext2 --suite quick --generate --run runs/compared")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="One or more models, side by side.")],
-    data: Annotated[str, typer.Option("--data", "--calibration", metavar="SOURCE", help=Source)],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="One or more models; the first is the reference.")
+    ],
+    data: Annotated[str | None, typer.Option("--data", "--calibration", metavar="SOURCE", help=Source)] = None,
     text: Text = TEXT,
+    questions: Questions = QUESTIONS,
+    reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The reference, if not the first.")] = None,
     seed: Seed = 0,
     prompt: Annotated[
         str, typer.Option(help="Greedy sample after this; empty for none.")
     ] = "The most important thing to know about water is",
     loading: Loading = LOADING,
-    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Also write evaluation.json there.")] = None,
+    run: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="Keep all results there; resumes.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare models. Perplexity with standard error, bits per byte, size, cache and a greedy sample, side by side."""
-    from blockpruner.artifacts import run_folder
-    from blockpruner.evaluation.quality import Evaluation, evaluate_masks, greedy_sample, load_text
-    from blockpruner.tables import print_evaluation
+    """Compare models: perplexity and bits per byte, tasks of lm-eval item by item, and what each model writes."""
+    from blockpruner.artifacts import check_outside, run_folder
+    from blockpruner.evaluation.assess import assess
+    from blockpruner.evaluation.assessment import Contestant, Wanted
+    from blockpruner.evaluation.suites import chosen_tasks
+    from blockpruner.evaluation_tables import print_assessment
 
-    found, records, sources = [], [], []
-    for name in models:
+    @contextmanager
+    def contestant(name: str) -> "Iterator[Contestant]":
         subject = opened(name, loading)
-        windows = load_text(data, subject.tokenizer, subject.model, seed=seed, **text.options())
-        (quality,) = evaluate_masks(subject.model, subject.anatomy, windows, {name: frozenset()}, progress=Progress())
-        sample = greedy_sample(subject.model, subject.tokenizer, prompt) if prompt else None
-        found.append(quality.model_copy(update={"sample": sample}))
-        records.append(windows.record)
-        sources += [subject.folder] if subject.folder else []
-        del subject  # before the next one is loaded
-    evaluation = Evaluation.of(found, records[0])
-    if run is not None:
-        with run_folder(run, sources=sources) as folder:
-            evaluation.save(folder / "evaluation.json")
+        if run is not None:
+            check_outside(run, [subject.folder] if subject.folder else [])
+        yield Contestant(subject.model, subject.tokenizer, subject.anatomy)
+
+    tasks, limit = chosen_tasks(questions.suite, questions.tasks, questions.shots, questions.limit)
+    wanted = Wanted(
+        data=data,
+        text=text.options(),
+        seed=seed,
+        protocol=questions.protocol,
+        prompt=prompt if data else "",
+        tasks=tasks,
+        limit=limit,
+        batch=questions.batch,
+        include_path=questions.include_path,
+        generate=questions.generate,
+    )
+    wanted.check()
+    names = models if reference is None else [reference, *(name for name in models if name != reference)]
+    folders = [Path(name) for name in names]
+    with run_folder(run, sources=folders) if run else nullcontext():
+        found = assess(names, contestant, wanted, run=run, progress=Progress())
     if as_json:
-        print_json(evaluation.model_dump(mode="json"))
+        print_json(found.as_json())
     else:
-        print_evaluation(evaluation)
+        print_assessment(found)
 
 
 @verb("blockpruner list --json", name="list")

@@ -1,1 +1,1 @@
-"""What a model is worth: quality now; speed, memory and reasons have their files here too."""
+"""What a model is worth: quality on text, tasks and in its own words; speed, memory, and why blocks went."""

@@ -11,8 +11,10 @@ from blockpruner.artifacts import Artifact, Estimate, Record
 from blockpruner.blocks import Block, Mask, format_mask
 from blockpruner.calibration import Calibration, CalibrationRecord, TextOptions, load_calibration
 from blockpruner.errors import CheckFailedError, InputError
+from blockpruner.evaluation.protocols import Mean, perplexity
 from blockpruner.evaluations import Evaluations
 from blockpruner.examples import examples_of, question
+from blockpruner.models import computation
 from blockpruner.objective import ModelObjective, usual_window
 from blockpruner.objectives.loss import Loss
 from blockpruner.parts import Anatomy
@@ -27,8 +29,9 @@ class Quality(Record):
     removed: the blocks that are missing, as text; parameters: how many; cache_bytes: key/value bytes per token;
     dtype: computed in;
     fingerprint: of its windows; losses compare where it is the same.
-    loss: mean next-token loss over windows; perplexity = exp(loss), its standard error exp(loss) times that of the
-    loss; bits_per_byte = summed loss / (ln 2 * bytes of the predicted text), comparable between tokenizers.
+    loss: mean next-token loss over windows; perplexity = exp(loss), unless the protocol says otherwise, see
+    `protocols`; bits_per_byte = summed loss / (ln 2 * bytes of the predicted text), comparable between tokenizers.
+    computation: a digest of what it computes with, see `models`.
     """
 
     name: str
@@ -41,20 +44,25 @@ class Quality(Record):
     perplexity: Estimate
     bits_per_byte: Estimate
     sample: str | None = None
+    computation: str = ""
 
 
 class Evaluation(Artifact):
-    """Contestants under one protocol. data: the windows of the first, and of all whose `fingerprint` is the same."""
+    """Contestants under one protocol. data: the windows of the first, and of all whose `fingerprint` is the same.
+
+    protocol: its name, see `protocols`; None for windows and a BOS policy of one's own, which `data` tells.
+    """
 
     FORMAT: ClassVar[str] = "blockpruner.evaluation"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     data: CalibrationRecord
     contestants: tuple[Quality, ...]
+    protocol: str | None = None
 
     @classmethod
-    def of(cls, contestants: Sequence[Quality], data: CalibrationRecord) -> "Evaluation":
-        return cls(format=cls.FORMAT, version=cls.VERSION, data=data, contestants=tuple(contestants))
+    def of(cls, contestants: Sequence[Quality], data: CalibrationRecord, protocol: str | None = None) -> "Evaluation":
+        return cls(format=cls.FORMAT, version=cls.VERSION, data=data, contestants=tuple(contestants), protocol=protocol)
 
 
 def load_text(
@@ -78,10 +86,12 @@ def evaluate_masks(
     data: Calibration,
     masks: Mapping[str, Mask],
     *,
+    mean: Mean = "losses",
     progress: Progress | None = None,
 ) -> list[Quality]:
     """Quality of the model without each mask, by name, in one sweep that computes shared prefixes once.
 
+    mean: of what a perplexity is made, see `protocols`.
     CheckFailedError names a contestant whose perplexity is not finite.
     """
     if question(model) != "next token":
@@ -92,11 +102,19 @@ def evaluate_masks(
     objective = ModelObjective(model, anatomy, examples_of(model, data.windows))
     evaluations = Evaluations(objective, progress=progress, total=len(set(masks.values())) * objective.batches)
     evaluations.losses(masks.values(), "evaluating")
-    return [_quality(name, mask, model, anatomy, data, evaluations.values(mask)) for name, mask in masks.items()]
+    digest = computation(model)
+    found = [_quality(name, mask, model, anatomy, data, evaluations.values(mask), mean) for name, mask in masks.items()]
+    return [quality.model_copy(update={"computation": digest}) for quality in found]
 
 
 def _quality(
-    name: str, mask: Mask, model: PreTrainedModel, anatomy: Anatomy, data: Calibration, losses: Sequence[float]
+    name: str,
+    mask: Mask,
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    data: Calibration,
+    losses: Sequence[float],
+    mean: Mean,
 ) -> Quality:
     wild = [loss for loss in losses if not loss < MOST_NATS]  # NaN too
     if wild:
@@ -104,27 +122,24 @@ def _quality(
             f"{name} has no finite perplexity: the loss of a window is {wild[0]} nats",
             fix="evaluate with --dtype float32; if that changes nothing, the model is broken",
         )
-    loss = Estimate.of(losses, Loss.unit)
-    value = math.exp(loss.value)
-    stderr = None if loss.stderr is None else value * loss.stderr
     predicted = data.record.window - 1
     return Quality(
         name=name,
-        removed=format_mask(mask | _missing(model)),
+        removed=removed_from(model, mask),
         parameters=anatomy.total_parameters - anatomy.outline.removed_parameters(mask),
         cache_bytes=anatomy.cache_bytes(mask),
         dtype=str(model.dtype).removeprefix("torch."),
         fingerprint=data.record.fingerprint,
-        loss=loss,
-        perplexity=Estimate(value=value, stderr=stderr, n=loss.n, unit="perplexity", reason=loss.reason),
+        loss=Estimate.of(losses, Loss.unit),
+        perplexity=perplexity(losses, mean),
         bits_per_byte=_bits_per_byte([loss * predicted / math.log(2) for loss in losses], data.bytes_per_window),
     )
 
 
-def _missing(model: PreTrainedModel) -> Mask:
-    """What an earlier pruning took, as the model's own configuration tells."""
+def removed_from(model: PreTrainedModel, mask: Mask) -> str:
+    """The blocks that are missing without `mask`: also what an earlier pruning took, as the configuration tells."""
     record = getattr(model.config, "blockpruner", None) or {"removed": []}
-    return frozenset(map(Block.parse, record["removed"]))
+    return format_mask(mask | frozenset(map(Block.parse, record["removed"])))
 
 
 def _bits_per_byte(bits: Sequence[float], sizes: Sequence[int]) -> Estimate:

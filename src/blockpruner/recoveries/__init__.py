@@ -1,18 +1,60 @@
 """The shelf of recoveries: one file per method, one line here."""
 
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from blockpruner.errors import InputError, missing_extra
+from blockpruner.recoveries.adapter import Adapter
 from blockpruner.recoveries.bias import Bias
+from blockpruner.recoveries.continued import Continued
+from blockpruner.recoveries.distill import Distill
 from blockpruner.recoveries.linear import Linear
+from blockpruner.recoveries.lora import Lora
 from blockpruner.recoveries.replaceme import ReplaceMe
-from blockpruner.recovery import Recovery
-from blockpruner.registry import parse_method
+from blockpruner.recoveries.span import Span
+from blockpruner.recovery import Recovery, Trained
+from blockpruner.registry import format_method, parse_method
 
 RECOVERIES: dict[str, type[Recovery]] = {
     "bias": Bias,
     "linear": Linear,
     "replaceme": ReplaceMe,
+    "span": Span,
+    "adapter": Adapter,
+    "lora": Lora,
+    "distill": Distill,
+    "continued": Continued,
 }
 
 
 def parse_recovery(text: str, *, seed: int = 0) -> Recovery:
     """The recovery that `text` names, as in `linear:rank=64`; `seed` where it takes one and was given none."""
     return parse_method(text, RECOVERIES, "recovery", seed=seed)
+
+
+def parse_chain(text: str, *, seed: int = 0) -> tuple[Recovery, ...]:
+    """The recoveries that `text` names, in order, as in `linear:rank=64,lora:rank=8`.
+
+    A part between commas begins a method unless it has a `=` before any `:`, and is an option of the one before then.
+    """
+    methods: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if methods and "=" in part.partition(":")[0]:
+            methods[-1] += ("," if ":" in methods[-1] else ":") + part
+        else:
+            methods.append(part)
+    if not methods:
+        raise InputError("no recovery is named", fix=f"choose one of {', '.join(RECOVERIES)}")
+    return tuple(parse_recovery(method, seed=seed) for method in methods)
+
+
+def format_chain(chain: Sequence[Recovery]) -> str:
+    """The text that `parse_chain` reads back."""
+    return ",".join(format_method(method, RECOVERIES) for method in chain)
+
+
+def check_installed(chain: Sequence[Recovery]) -> None:
+    """MachineError, with the install command, if a method needs a package that is not there."""
+    for method in chain:
+        if isinstance(method, Trained) and method.package and find_spec(method.package) is None:
+            raise missing_extra(method.package, "train", method.title)

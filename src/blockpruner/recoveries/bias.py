@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 from blockpruner.recovery import Bench, GapRecord
 
 if TYPE_CHECKING:
+    from blockpruner.closed_form import ClosedForm
     from blockpruner.gaps import Repair
 
 
@@ -27,7 +28,13 @@ class Bias:
     def added_parameters(self, inputs: int, outputs: int) -> int:
         return outputs
 
-    def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
-        from blockpruner.closed_form import ClosedForm, fill_gaps
+    def form(self) -> "ClosedForm":
+        """How each gap is filled."""
+        from blockpruner.closed_form import ClosedForm
 
-        return fill_gaps(bench, ClosedForm("nothing", sinks=self.sinks))
+        return ClosedForm("nothing", sinks=self.sinks)
+
+    def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
+        from blockpruner.closed_form import fill_gaps
+
+        return fill_gaps(bench, self.form())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from blockpruner.recovery import Bench, GapRecord
 
 if TYPE_CHECKING:
+    from blockpruner.closed_form import ClosedForm
     from blockpruner.gaps import Repair
 
 
@@ -34,7 +35,13 @@ class Linear:
     def added_parameters(self, inputs: int, outputs: int) -> int:
         return outputs + (self.rank * (inputs + outputs) if self.rank else inputs * outputs)
 
-    def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
-        from blockpruner.closed_form import ClosedForm, fill_gaps
+    def form(self) -> "ClosedForm":
+        """How each gap is filled."""
+        from blockpruner.closed_form import ClosedForm
 
-        return fill_gaps(bench, ClosedForm(self.regressor, self.rank, self.ridge, self.sinks, self.target))
+        return ClosedForm(self.regressor, self.rank, self.ridge, self.sinks, self.target)
+
+    def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
+        from blockpruner.closed_form import fill_gaps
+
+        return fill_gaps(bench, self.form())

@@ -7,6 +7,7 @@ from blockpruner.searches.evolution import Evolution
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.greedy import Greedy
 from blockpruner.searches.iterative import Iterative
+from blockpruner.searches.knapsack import Knapsack
 from blockpruner.searches.one_shot import OneShot
 from blockpruner.searches.random import Random
 from blockpruner.searches.span import Span
@@ -19,6 +20,7 @@ SEARCHES: dict[str, type[Search]] = {
     "one-shot": OneShot,
     "iterative": Iterative,
     "span": Span,
+    "knapsack": Knapsack,
     "beam": Beam,
     "evolution": Evolution,
     "swap": Swap,

@@ -54,7 +54,7 @@ class Enumeration:
         """Every mask of the size, and the first way to it."""
         moves, steps = problem.moves(DENSE), problem.most_steps()
         apart = len(gone(moves)) == sum(len(move.blocks) for move in moves)
-        if apart and problem.target.unit != "params":
+        if apart and problem.target.unit in ("blocks", "layers"):
             number = math.comb(len(moves), steps)
             self._check(number, f"{number:,}")
             return {gone(taken): taken for taken in combinations(moves, steps)}

@@ -1,0 +1,310 @@
+"""What each recovery wins back on the demo model, per parameter added and token spent, beside plans of equal size.
+
+    python benchmarks/recovery.py --plan plan.json --data "$BLOCKPRUNER_DATA" --json experiments/recovery.json
+
+The plan is nested; its first 6, 9 and 12 blocks are removed. All is fitted on C4 documents 0 to 189, documents 190 to
+199 make the choices, and reported are C4 documents 200 to 299 and WikiText-2 valid. Closed forms have --tokens of text
+at all three sizes; trained recoveries see --trained tokens at 9 blocks. LoRA at 0 blocks is the whole model trained on
+the same tokens: what that gains is the domain, which no recovery can claim.
+
+Equal parameters: a plain plan with fewer removals has more parameters, so each recovered model stands beside the plan
+cut to the most removals that leave at least as many parameters as it has itself, with what was added. So the plain plan
+is never the smaller one, and by less than one block the larger.
+
+--replaceable is a second plan, found by `search --recovery linear:rank=64` on the same text. What INSIDE names is
+fitted to it too, so that recovery inside the search stands beside recovery after it; blocks differ in size, so compare
+rows by their parameters.
+
+A row is a plan, a method, a number of removals and a text. Rows are written as they come, and the same command goes on
+after an interruption; a method that fails is a row that says why.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from search_cost import commit
+from torch.utils.flop_counter import FlopCounterMode
+
+from blockpruner.blocks import Mask
+from blockpruner.console import Progress
+from blockpruner.data import Data, read_data
+from blockpruner.errors import BlockprunerError, InputError
+from blockpruner.gaps import UNREPAIRED, Repair, repaired
+from blockpruner.models import load
+from blockpruner.objectives.loss import Loss
+from blockpruner.plan import Plan
+from blockpruner.recoveries import parse_chain
+from blockpruner.recovering import loss, recover
+from blockpruner.subject import Subject, open_subject
+
+SIZES = (6, 9, 12)
+TRAINED_AT = 9
+C4, WIKITEXT = "text/c4_demo.jsonl", "text/wikitext2_raw_valid.txt"
+CLOSED = (
+    "bias",
+    "replaceme",
+    "linear:rank=16",
+    "linear:rank=64",
+    "linear",
+    "linear:target=dense",
+    "span",
+    "span:rank=64",
+)
+# {tokens}: those of --trained, which all of them see.
+TRAINED = (
+    "adapter:rank=64,tokens={tokens}",
+    "lora:tokens={tokens}",
+    "linear:rank=64,lora:tokens={tokens}",
+    "linear,lora:tokens={tokens}",
+    "linear:rank=64,distill:tokens={tokens}",
+    "continued:tokens={tokens}",
+)
+INSIDE = ("", "bias", "linear:rank=64", "linear")  # what is done to the plan of a search with recovery inside
+CEILING = "lora:tokens={tokens}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on the model without the first `blocks` blocks of a plan; method: empty for nothing.
+
+    plan: `searched`, or `replaceable` for the one with recovery inside the search.
+    """
+
+    method: str
+    blocks: int
+    trained: bool = False
+    plan: str = "searched"
+
+    def __str__(self) -> str:
+        return f"{self.plan}, {self.blocks} blocks: {self.method or 'plain'}"
+
+
+class Bench:
+    """The model, the texts and what is known so far, which is in the file after every run."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.subject: Subject = open_subject(load(options.model, dtype=options.dtype))
+        self.plans = {"searched": self._plan(options.plan)}
+        if options.replaceable:
+            self.plans["replaceable"] = self._plan(options.replaceable)
+        first, report = f"{options.data / C4}[0:190]", {"tokens": options.report, "window": options.window}
+        judge = {"tokens": options.judge, "window": options.window}
+        self.judge = self._read(f"{options.data / C4}[190:200]", judge)
+        self.fit = {
+            False: self._read(first, {"tokens": options.tokens, "window": options.window}),
+            True: self._read(first, {"tokens": options.trained or None, "window": options.window}),
+        }
+        self.texts = {
+            "C4 200-299": self._read(f"{options.data / C4}[200:300]", report),
+            "WikiText-2 valid": self._read(str(options.data / WIKITEXT), report),
+        }
+        self.file: Path = options.json
+        self.figures = self._begun()
+
+    def _plan(self, path: Path) -> Plan:
+        plan = Plan.read(path, self.subject.anatomy.outline)
+        plan.check(self.subject.anatomy.outline, self.subject.identity, str(path))
+        if not plan.nested:
+            raise InputError(f"{path} is not nested, so its first part is no plan", fix="search with greedy")
+        return plan
+
+    def _read(self, source: str, size: dict[str, Any]) -> Data:
+        return read_data(self.subject, source, Loss(), **size)
+
+    def _begun(self) -> dict[str, Any]:
+        """What an earlier session has left; InputError if that was under other settings."""
+        settings = {
+            "model": self.subject.identity.model_dump(mode="json"),
+            "dtype": self.subject.dtype,
+            "orders": {name: [list(step.remove) for step in plan.steps] for name, plan in self.plans.items()},
+            "fitted": {
+                ("trained" if kind else "closed"): data.record.model_dump(mode="json")
+                for kind, data in self.fit.items()
+            },
+            "judged": self.judge.record.model_dump(mode="json"),
+            "reported": {name: data.record.model_dump(mode="json") for name, data in self.texts.items()},
+        }
+        if self.file.exists():
+            figures = json.loads(self.file.read_text(encoding="utf-8"))
+            if figures["settings"] != settings:
+                raise InputError(f"{self.file} was begun with other settings", fix="give another --json")
+            return figures
+        return {
+            "command": "python benchmarks/recovery.py --plan plan.json "
+            '--data "$BLOCKPRUNER_DATA" --json experiments/recovery.json',
+            "commit": commit(),
+            "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
+            "settings": settings,
+            "rows": [],
+        }
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.figures["rows"]
+
+    def masks(self, plan: str) -> dict[int, Mask]:
+        """The first parts of a plan by the number of blocks they take."""
+        taken = self.plans[plan]
+        return {len(mask): mask for mask in (frozenset(), *(taken.mask(n + 1) for n in range(len(taken.steps))))}
+
+    def mask(self, run: Run) -> Mask:
+        found = self.masks(run.plan).get(run.blocks)
+        if found is None:
+            raise InputError(f"no first part of the plan removes {run.blocks} blocks", fix="search further")
+        return found
+
+    def parameters(self, mask: Mask) -> int:
+        return self.subject.identity.parameters - self.subject.anatomy.outline.removed_parameters(mask)
+
+    def found(self, run: Run, text: str) -> dict[str, Any] | None:
+        key = (run.plan, run.method or "plain", run.blocks, text)
+        names = ("plan", "method", "removed_blocks", "text")
+        return next((row for row in self.rows if tuple(row[name] for name in names) == key), None)
+
+    def do(self, run: Run) -> None:
+        """The rows of one run, unless they are there."""
+        if all(self.found(run, text) for text in self.texts):
+            return
+        print(f"--- {run}", flush=True)
+        try:
+            new = self._measured(run)
+        except BlockprunerError as error:
+            new = [{**self._named(run), "text": text, "failed": str(error)} for text in self.texts]
+            print(f"    failed: {error}", flush=True)
+        self.figures["rows"] = [*self.rows, *new]
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
+        part.replace(self.file)
+
+    def _measured(self, run: Run) -> list[dict[str, Any]]:
+        mask, start = self.mask(run), time.perf_counter()
+        repair, told = UNREPAIRED, dict[str, Any]()
+        if run.method:
+            repair, told = self._recovered(run, mask)
+        seconds = time.perf_counter() - start
+        parameters = self.parameters(mask) + repair.added_parameters
+        shared = {
+            **self._named(run),
+            "added_parameters": repair.added_parameters,
+            "parameters": parameters,
+            "prefill_flops": self._prefill(mask, repair),
+            **told,
+        }
+        return [
+            {**shared, **self._worth(run, text, mask, repair, parameters), "seconds": round(seconds, 1), "tasks": None}
+            for text in self.texts
+        ]
+
+    def _named(self, run: Run) -> dict[str, Any]:
+        return {"plan": run.plan, "method": run.method or "plain", "removed_blocks": run.blocks}
+
+    def _recovered(self, run: Run, mask: Mask) -> tuple[Repair, dict[str, Any]]:
+        subject, chain = self.subject, parse_chain(run.method)
+        fit, folder = self.fit[run.trained].examples, None
+        if run.trained:
+            name = "".join(letter if letter.isalnum() else "-" for letter in str(run))
+            folder = self.options.runs / name
+        repair, record = recover(
+            *(subject.model, subject.anatomy, mask, chain, fit, self.judge.examples),
+            progress=Progress(),
+            folder=folder,
+        )
+        gaps = [gap.model_dump(mode="json", exclude={"curve"}) for gap in record.gaps]
+        said = {"tokens": record.tokens[0], "applied": record.applied, "reason": record.reason, "gaps": gaps}
+        return repair, {**said, "trained_tokens": self.options.trained if run.trained else 0}
+
+    def _worth(self, run: Run, text: str, mask: Mask, repair: Repair, parameters: int) -> dict[str, Any]:
+        """The loss on a text, beside those of the dense model, the plain plan and the plain plan of equal size."""
+        found = loss(self.subject.model, self.subject.anatomy, self.texts[text].examples, mask, repair)
+        mine = {"text": text, **_told(found)}
+        if not run.method:
+            return mine
+        dense, pruned = self._plain(Run("", 0), text), self._plain(Run("", run.blocks, plan=run.plan), text)
+        won = None
+        if found and pruned["log_perplexity"] not in (None, dense["log_perplexity"]) and run.blocks:
+            won = (pruned["log_perplexity"] - found.value) / (pruned["log_perplexity"] - dense["log_perplexity"])
+        sizes = {blocks: self.parameters(mask) for blocks, mask in self.masks("searched").items()}
+        equal = max(blocks for blocks, size in sizes.items() if size >= parameters or not blocks)
+        beside = self._plain(Run("", equal), text)
+        names = ("removed_blocks", "parameters", "log_perplexity", "standard_error")
+        return {
+            **mine,
+            "dense": dense["log_perplexity"],
+            "pruned": pruned["log_perplexity"],
+            "recovered_share": won,
+            "equal_parameters": {name: beside[name] for name in names},
+        }
+
+    def _plain(self, run: Run, text: str) -> dict[str, Any]:
+        self.do(run)
+        found = self.found(run, text)
+        assert found is not None
+        return found
+
+    @torch.no_grad()
+    def _prefill(self, mask: Mask, repair: Repair) -> int:
+        """Floating-point operations of the layers on one window, without the head, counted by torch."""
+        model, window = self.subject.model, self.fit[False].examples.inputs["input_ids"][:1]
+        with repaired(model, self.subject.anatomy, mask, repair), FlopCounterMode(display=False) as counter:
+            model.base_model(input_ids=window.to(model.device), use_cache=False)
+        return counter.get_total_flops()
+
+
+def _told(found: Any) -> dict[str, Any]:
+    return {
+        "log_perplexity": found.value if found else None,
+        "standard_error": found.stderr if found else None,
+    }
+
+
+def runs(options: argparse.Namespace) -> list[Run]:
+    """All of them, those first that others are beside."""
+    closed = [Run(method, blocks) for blocks in SIZES for method in ("", *CLOSED)]
+
+    def given(method: str) -> str:
+        return method.format(tokens=options.trained)
+
+    trained = [Run(given(method), TRAINED_AT, trained=True) for method in TRAINED]
+    inside = [Run(method, blocks, plan="replaceable") for blocks in SIZES for method in INSIDE]
+    second = inside if options.replaceable else []
+    return [Run("", 0), *closed, *second, *trained, Run(given(CEILING), 0, trained=True)]
+
+
+def wanted(found: Sequence[Run], only: Sequence[str] | None) -> list[Run]:
+    """Those whose name has one of the given parts in it."""
+    return [run for run in found if not only or any(part in str(run) for part in only)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, required=True, help="a nested plan of 12 blocks, for this model")
+    parser.add_argument("--replaceable", type=Path, help="a second one, of a search with recovery inside")
+    parser.add_argument("--data", type=Path, required=True, help="folder with text/")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument(
+        "--only", nargs="*", help="parts of the names of runs, as in `9 blocks: linear`; all if left out"
+    )
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tokens", type=int, default=16384, help="that closed forms are fitted on")
+    parser.add_argument("--trained", type=int, default=100_000, help="tokens that trained recoveries see")
+    parser.add_argument("--judge", type=int, default=4096, help="held-out tokens that make choices")
+    parser.add_argument("--report", type=int, default=8192, help="tokens of each text that is reported on")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--runs", type=Path, default=Path("runs/recovery"), help="checkpoints of what is trained")
+    options = parser.parse_args()
+    bench = Bench(options)
+    for run in wanted(runs(options), options.only):
+        bench.do(run)
+
+
+if __name__ == "__main__":
+    main()

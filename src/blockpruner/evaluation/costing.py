@@ -1,0 +1,118 @@
+"""What each block costs in the workload of a target: counted bytes, seconds measured here, or computed for a card."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from blockpruner.blocks import Block
+from blockpruner.costs import Card, Costs, CostTable
+from blockpruner.errors import InputError
+from blockpruner.evaluation.compute import on_card
+from blockpruner.evaluation.memory import Ledger, read_ledger
+from blockpruner.evaluation.speed import Contestant, interleaved
+from blockpruner.evaluation.timing import Protocol, Run
+from blockpruner.moves import Target
+from blockpruner.searching import Progress
+from blockpruner.subject import Subject
+from blockpruner.targets import Goals, Memory, Speed
+
+ROUNDS, NEW = 7, 8
+
+
+def bound(
+    target: Target | Goals,
+    subject: Subject,
+    *,
+    card: Card | None = None,
+    table: Path | None = None,
+    progress: Progress | None = None,
+) -> Target | Goals:
+    """`target` with the costs of all that it asks for, so that a search can tell when it is reached.
+
+    card: of a speed target that is meant for a device which is not here; table: a file with costs that were measured
+    before, of the same model, dtype and device, if it is there. What is in neither is measured now.
+    """
+    if isinstance(target, Target):
+        return target
+    known = {} if table is None or card is not None or not table.is_file() else _read(table, subject)
+    ledger = read_ledger(subject.model, subject.anatomy) if target.limits else None
+    costs: dict[str, Costs] = {}
+    for limit in target.limits:
+        assert ledger is not None
+        if isinstance(limit, Memory):
+            costs[limit.workload] = ledger.costs(limit.context, limit.batch)
+        elif limit.workload in known:
+            costs[limit.workload] = known[limit.workload]
+        else:
+            _check_in_memory(subject)
+            costs[limit.workload] = on_card(ledger, card, limit) if card else measured(subject, limit, ledger, progress)
+    return target.bound(costs)
+
+
+def table_of(target: Target | Goals, subject: Subject) -> CostTable | None:
+    """The costs in time that a bound target goes by, for the run folder; None if it has none."""
+    if isinstance(target, Target):
+        return None
+    costs = {limit.workload: target.costs[limit.workload] for limit in target.limits if isinstance(limit, Speed)}
+    device = str(subject.model.device)
+    return CostTable.of(subject.identity.fingerprint, subject.dtype, device, costs) if costs else None
+
+
+def measured(subject: Subject, speed: Speed, ledger: Ledger, progress: Progress | None = None) -> Costs:
+    """Seconds of the workload of `speed` on this machine, and of each block in it.
+
+    Blocks of one kind and size are taken for equal. Of each such class every second block is left out at once, in turns
+    with the whole model; cost of a block = median over rounds of (whole - without) / number left out, at least 0.
+    """
+    classes = alike(ledger)
+    named = {f"without {len(some)} x {some[0]}": some for blocks in classes for some in [blocks[::2]]}
+    contestants = [Contestant("whole", subject), *(Contestant(n, subject, frozenset(b)) for n, b in named.items())]
+    protocol = Protocol(speed.batch, speed.context, NEW if speed.phase == "decode" else 1, ROUNDS)
+    whole, *without = (_seconds(runs, speed) for runs in interleaved(contestants, protocol, progress))
+    each: dict[Block, float] = {}
+    for blocks, some, times in zip(classes, named.values(), without, strict=True):
+        saved = median(a - b for a, b in zip(whole, times, strict=True)) / len(some)
+        each |= dict.fromkeys(blocks, max(0.0, saved))
+    return Costs(median(whole), each, {}, "seconds", f"measured on this {subject.model.device.type}, {ROUNDS} rounds")
+
+
+def alike(ledger: Ledger) -> list[list[Block]]:
+    """Blocks that should take the same time: of one stack, kind and size, with as much in the cache."""
+    parts = ledger.anatomy.parts
+    classes: dict[Any, list[Block]] = defaultdict(list)
+    for block, part in parts.items():
+        if not part.kept:
+            classes[block.stack, block.kind, part.parameters, ledger.held(block)].append(block)
+    return list(classes.values())
+
+
+def _seconds(runs: Iterable[Run], speed: Speed) -> list[float]:
+    found: Sequence[float | None] = [run.decode if speed.phase == "decode" else run.prefill for run in runs]
+    known = [seconds for seconds in found if seconds is not None]
+    if not known:
+        raise InputError("this model writes no text, so it has no speed of decoding", fix="use speed=1.3x:prefill")
+    return known
+
+
+def _read(path: Path, subject: Subject) -> Mapping[str, Costs]:
+    table = CostTable.load(path)
+    here = (subject.identity.fingerprint, subject.dtype, str(subject.model.device))
+    if (table.model, table.dtype, table.device) != here:
+        raise InputError(
+            f"{path} has costs of another model, dtype or device ({table.dtype}, {table.device})",
+            fix="remove that file to measure again, or use another run folder",
+        )
+    costs = {workload: record.costs() for workload, record in table.workloads.items()}
+    for one in costs.values():
+        subject.anatomy.outline.check(one.each, str(path))
+    return costs
+
+
+def _check_in_memory(subject: Subject) -> None:
+    if subject.memory is not None:
+        raise InputError(
+            "a model whose weights are streamed has no speed of its own",
+            fix="leave out --stream, or the speed target",
+        )

@@ -1,0 +1,53 @@
+"""All weights of a pruned model trained to predict what the dense one predicts."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from blockpruner.errors import InputError
+from blockpruner.recovery import Bench, GapRecord, Trained
+
+if TYPE_CHECKING:
+    from blockpruner.gaps import Repair
+
+
+@dataclass(frozen=True)
+class Distill(Trained):
+    """T^2 KL(p || q), with p and q the dense and the pruned model's predictions at temperature T, over all weights.
+
+    hidden: weight of a second term: how far the stream behind each layer that has a block left is from that behind the
+    same layer of the dense model, |s - t|^2 / |t|^2, mean over tokens and layers. Layers keep their numbers when blocks
+    are removed, so this is the original layer map.
+
+    Memory: the dense model stays as the teacher, so there is a second copy of the weights, and over it the gradients,
+    float32 masters and AdamW's two moments.
+    """
+
+    lr: float = 1e-5
+    temperature: float = 1.0
+    hidden: float = 0.0
+
+    title: ClassVar[str] = "Distillation"
+    source: ClassVar[str] = "Hinton et al. 2015, arXiv 1503.02531; hidden states as in TinyBERT"
+    needs: ClassVar[str] = "backward passes, a second copy of the weights"
+    passes: ClassVar[str] = "1 backward, 2 forward per epoch"
+    teacher: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0 or self.hidden < 0:
+            raise InputError(
+                f"there is no distillation with temperature={self.temperature} and hidden={self.hidden}",
+                fix="give a temperature above 0, and hidden of 0 or more",
+            )
+
+    @property
+    def copies(self) -> str:
+        return "a second copy of the weights and AdamW's state of all of them"
+
+    def added_parameters(self, inputs: int, outputs: int) -> int:
+        return 0
+
+    def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
+        from blockpruner.tuning import train_weights
+
+        return train_weights(bench, self, "kl", self.temperature, self.hidden)

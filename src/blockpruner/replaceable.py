@@ -1,0 +1,84 @@
+"""Replacements that a search carries along, so that it finds blocks that are replaceable and not only useless.
+
+Whatever a mask takes out of a layer is scored with what closed forms put there. They are fitted on the dense model's
+states: what a layer's gaps get depends on that layer alone, so that a fit is made once, when a mask first asks for it,
+and prefixes of masks go on being shared. After the search a recovery is fitted again, on the pruned model's own states.
+Cost: per block that is tried, a forward pass over the text up to it, so about half a pass for each block; once more for
+a layer's second block where the first is gone, since what reaches a gap may change with the norms that leave. A
+replacement adds next to nothing to a block's forward pass, and counted work leaves it out. Memory: the replacements of
+all that was tried.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, Self, runtime_checkable
+
+from transformers import PreTrainedModel
+
+from blockpruner.blocks import Mask, Move
+from blockpruner.closed_form import ClosedForm, fill_gaps
+from blockpruner.errors import InputError
+from blockpruner.examples import Examples
+from blockpruner.gaps import gaps
+from blockpruner.parts import Anatomy, Layer
+from blockpruner.recoveries import RECOVERIES
+from blockpruner.recovery import Bench, Recovery
+from blockpruner.registry import format_method
+from blockpruner.standin import Replacement
+
+
+@runtime_checkable
+class Closed(Protocol):
+    """A recovery that fills each gap by itself."""
+
+    def form(self) -> ClosedForm: ...
+
+
+@dataclass(frozen=True)
+class Replacing:
+    """A `gaps.Filling`: what the closed form of a recovery puts in the gaps of a layer, fitted when first asked for.
+
+    fit: text; held_out: other text, by which ridges are chosen and gaps left empty where that is better.
+    """
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    text: str
+    form: ClosedForm
+    fit: Examples
+    held_out: Examples
+    _made: dict[tuple[str, Mask], Mapping[str, Replacement]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, anatomy: Anatomy, recovery: Recovery, examples: Examples) -> Self:
+        """Fitted on the first half of the examples, so that a search looks at losses of the other half.
+
+        InputError for recoveries that do not fill gaps one by one, for items, and for less than two windows.
+        """
+        if not isinstance(recovery, Closed):
+            names = " or ".join(name for name, kind in RECOVERIES.items() if issubclass(kind, Closed))
+            raise InputError(f"{recovery.title!r} cannot be fitted inside a search", fix=f"use {names}")
+        if examples.question == "choices":
+            raise InputError("a recovery is fitted on windows of text, not on items with answers", fix="give text")
+        half = len(examples) // 2
+        if not half:
+            raise InputError("one window cannot be both fitted on and searched on", fix="give more --tokens")
+        fit, others = examples.part(0, half), examples.part(half, len(examples))
+        return cls(model, anatomy, format_method(recovery, RECOVERIES), recovery.form(), fit, others)
+
+    def __call__(self, layer: Layer, removed: Mask) -> Mapping[str, Replacement]:
+        """What stands in the gaps of a layer without the blocks `removed`; the model must be whole."""
+        key = (layer.path, removed)
+        if key not in self._made:
+            bench = Bench(self.model, self.anatomy, removed, self.fit, self.held_out)
+            self._made[key] = fill_gaps(bench, self.form)[0].replacements
+        return self._made[key]
+
+    @property
+    def identity(self) -> str:
+        """What a loss depends on beside the mask and the examples."""
+        return f"{self.text}, fitted on the first {len(self.fit)} windows, losses of the other {len(self.held_out)}"
+
+    def passes(self, moves: Sequence[Move]) -> float:
+        """About how many forward passes over all examples the fits for these moves take."""
+        return sum(len(gaps(self.anatomy, move.blocks)) for move in moves) / 2
