@@ -1,6 +1,6 @@
 """What each recovery wins back on the demo model, per parameter added and token spent, beside plans of equal size.
 
-    python benchmarks/recovery.py --plan plan.json --data "$BLOCKPRUNER_DATA" --json experiments/recovery.json
+    python benchmarks/recovery.py --plan experiments/recovery_plan.json --data "$BLOCKPRUNER_DATA" --json experiments/recovery.json
 
 The plan is nested; its first 6, 9 and 12 blocks are removed. All is fitted on C4 documents 0 to 189, documents 190 to
 199 make the choices, and reported are C4 documents 200 to 299 and WikiText-2 valid. Closed forms have --tokens of text
@@ -138,7 +138,7 @@ class Bench:
                 raise InputError(f"{self.file} was begun with other settings", fix="give another --json")
             return figures
         return {
-            "command": "python benchmarks/recovery.py --plan plan.json "
+            "command": "python benchmarks/recovery.py --plan experiments/recovery_plan.json "
             '--data "$BLOCKPRUNER_DATA" --json experiments/recovery.json',
             "commit": commit(),
             "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
@@ -293,7 +293,7 @@ def main() -> None:
         "--only", nargs="*", help="parts of the names of runs, as in `9 blocks: linear`; all if left out"
     )
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=16384, help="that closed forms are fitted on")
     parser.add_argument("--trained", type=int, default=100_000, help="tokens that trained recoveries see")
     parser.add_argument("--judge", type=int, default=4096, help="held-out tokens that make choices")
