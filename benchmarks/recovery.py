@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=16384, help="that closed forms are fitted on")
-    parser.add_argument("--trained", type=int, default=100_000, help="tokens that trained recoveries see")
+    parser.add_argument("--trained", type=int, default=96_000, help="tokens that trained recoveries see")
     parser.add_argument("--judge", type=int, default=4096, help="held-out tokens that make choices")
     parser.add_argument("--report", type=int, default=8192, help="tokens of each text that is reported on")
     parser.add_argument("--window", type=int, default=256)
