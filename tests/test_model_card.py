@@ -32,14 +32,14 @@ def estimate(value):
     return Estimate(value=value, stderr=0.25, n=4, unit="nats per token")
 
 
-def record(**more) -> Any:
+def record(method: str = "span:rank=8", **more) -> Any:
     """A recovery of two gaps."""
     gap = GapRecord(
         removed="mlp.1", place="model.layers.1.mlp", added_parameters=40, settings={}, error=0.5, applied=True
     )
     span = gap.model_copy(update={"settings": {"stands for": "layers 1 to 2"}})
     told: dict[str, Any] = {
-        "method": "span:rank=8",
+        "steps": (type("Step", (), {"method": method, "applied": True})(),),
         "tokens": (1024, 256),
         "gaps": (gap, span),
         "added_parameters": 80,

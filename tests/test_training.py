@@ -394,6 +394,6 @@ def test_a_checkpoint_says_what_it_is_of(tmp_path):
     newest = max(tmp_path.glob("step-*"))
     assert Trace.load(newest / "trace.json") == trace
     assert {path.name for path in newest.iterdir()} == {
-        *("masters.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "trace.json")
+        *("masters.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "step.safetensors", "trace.json")
     }
-    assert training.MOMENTS == ("exp_avg", "exp_avg_sq")
+    assert training.MOMENTS == ("exp_avg", "exp_avg_sq", "step")

@@ -31,7 +31,7 @@ def train_adapters(
     """A trained map in every gap that can have one, and in those that have one; see the recovery `adapter`."""
     if loss != "block":
         check_predicts(bench.model, bench.examples)
-    begun, alone = _begun(bench, options, rank, init)
+    closed, begun, alone = _begun(bench, options, rank, init)
     maps = {path: live(module, options) for path, module in begun.replacements.items()}
     places = {gap.path: gap for gap in gaps(bench.anatomy, bench.mask) if gap.path in maps}
     if loss == "block":  # what stands for more than its gap has no block of its own to be like
@@ -45,7 +45,7 @@ def train_adapters(
         trace = trained(bench, options, pupil, numbers, updates, updates.measure)
     else:
         trace = trained(bench, options, pupil, numbers, Predictions(pupil, loss, temperature))
-    helped, worth = bool(trace.best(bench.force)), init == "linear"  # a closed form is worth something untrained
+    helped = bool(trace.best(bench.force))  # if not, only what has a closed form is worth something
     settings: Told = {"init": init, "loss": loss, **told(options, trace, bench.force)}
     records = [
         GapRecord(
@@ -54,14 +54,14 @@ def train_adapters(
             added_parameters=sum(p.numel() for p in maps[path].parameters()),
             settings={"rank": maps[path].rank, **settings},
             error=None,
-            applied=helped or worth or path in bench.start.replacements,
+            applied=helped or path in closed.replacements,
             reason="" if helped else UNHELPED,
             curve=trace.curve,
         )
         for path, gap in places.items()
     ]
     if not helped:
-        return (begun if worth else bench.start), (*records, *alone)
+        return closed, (*records, *alone)
     made = {path: still(module, bench.model) for path, module in maps.items()}
     return replace(begun, replacements=made), (*records, *alone)
 
@@ -107,11 +107,12 @@ class Updates:
         return self.weigh(part) * error / (power * len(self.seen))
 
 
-def _begun(bench: Bench, options: Trained, rank: int, init: str) -> tuple[Repair, list[GapRecord]]:
-    """The repair that training begins with, and the records of gaps that nothing can be put in."""
+def _begun(bench: Bench, options: Trained, rank: int, init: str) -> tuple[Repair, Repair, list[GapRecord]]:
+    """What there is without training, what training begins with, and the records of gaps that nothing can be put in."""
     repair, alone = bench.start, list[GapRecord]()
     if init == "linear":
         repair, _ = fill_gaps(bench, ClosedForm("auto", rank))
+    closed = repair
     axes = token_axes(bench.model)
     for number, gap in enumerate(gaps(bench.anatomy, bench.mask)):
         if repair.stands_for(gap):
@@ -122,7 +123,7 @@ def _begun(bench: Bench, options: Trained, rank: int, init: str) -> tuple[Repair
             alone.append(left_alone(str(gap), gap.path, error.what))
         else:
             repair = replace(repair, replacements={**repair.replacements, gap.path: made})
-    return repair, alone
+    return closed, repair, alone
 
 
 def _empty(bench: Bench, gap: Gap, repair: Repair, rank: int, axes: Mapping[str, int], seed: int) -> Replacement:
@@ -137,4 +138,4 @@ def _empty(bench: Bench, gap: Gap, repair: Repair, rank: int, axes: Mapping[str,
     if rank:
         noise = torch.randn(inputs, rank, generator=torch.Generator().manual_seed(seed))
         made.down.data = noise / inputs**0.5
-    return made.to(device_of(bench.model, gap), bench.model.dtype)
+    return made.to(device_of(bench.model, gap), bench.model.dtype).requires_grad_(False)

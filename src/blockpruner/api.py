@@ -15,6 +15,7 @@ from blockpruner.blocks import Block, Mask, parse_mask
 from blockpruner.calibration import TextOptions
 from blockpruner.checkpoint import Form, Saved
 from blockpruner.criterion import Criterion
+from blockpruner.errors import InputError
 from blockpruner.evaluation import speed
 from blockpruner.evaluation.assess import assess
 from blockpruner.evaluation.assessment import Assessment, Contestant, Wanted
@@ -186,6 +187,7 @@ def evaluate(
     folder = None if include_path is None else Path(include_path)
     wanted = Wanted(data, text, seed, protocol, "", chosen, most, batch, folder, generate)
     wanted.check()
+    _check_names(masks)
     named = {"model": parse_mask("dense"), **{name: frozenset(mask) for name, mask in (masks or {}).items()}}
     anatomy = read_anatomy(model)
     whole = Contestant(model, tokenizer, anatomy)
@@ -215,6 +217,7 @@ def bench(
     protocol: a name with options, see `evaluation.timing`; limit: bytes that the largest batch and context are for.
     """
     subject, asked = _subject(model, None), parse_protocol(protocol)
+    _check_names(masks)
     dense = speed.Contestant("model", subject)
     others = [speed.Contestant(name, subject, frozenset(mask)) for name, mask in (masks or {}).items()]
     cell = speed.measure([dense, *others], asked, limit=limit, progress=progress)
@@ -252,6 +255,11 @@ def explain(
         **text,
     )
     return explaining.explain(asked, None if run is None else Path(run), progress)
+
+
+def _check_names(masks: Mapping[str, Iterable[Block]] | None) -> None:
+    if "model" in (masks or {}):
+        raise InputError("'model' is the whole model, and a mask is called so too", fix="give the mask another name")
 
 
 def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Subject:

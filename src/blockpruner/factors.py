@@ -43,7 +43,7 @@ def train_lora(
         }
         trace = trained(bench, options, pupil, numbers, Predictions(pupil, loss, temperature))
         merged = {} if not trace.best(bench.force) else _merged(bench, wrapped)
-    place = f"LoRA on {len(found)} projections"
+    place = f"LoRA on {len(merged) if merged else len(found)} projections"
     record = record_of(bench, place, {"loss": loss, **shape, **told(options, trace, bench.force)}, trace)
     return (replace(bench.start, weights={**bench.start.weights, **merged}) if merged else bench.start), (record,)
 

@@ -1,6 +1,7 @@
 """Gaps: the places that removed blocks leave in a model, where something else may be put."""
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -50,6 +51,16 @@ class Repair:
     def stands_for(self, gap: Gap) -> bool:
         """Whether something stands in the gap already, or for it in another one."""
         return gap.path in self.replacements or any(gap.blocks <= blocks for blocks in self.spans.values())
+
+    def digest(self) -> str:
+        """Of all that it does to a model."""
+        told = hashlib.sha256()
+        held = [(f"{path} {r.spec}", p) for path, r in sorted(self.replacements.items()) for p in r.parameters()]
+        for name, value in [*held, *sorted(self.weights.items())]:
+            told.update(name.encode())
+            told.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        told.update(repr(sorted((path, format_mask(blocks)) for path, blocks in self.spans.items())).encode())
+        return told.hexdigest()
 
     @property
     def added_parameters(self) -> int:

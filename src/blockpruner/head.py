@@ -36,9 +36,9 @@ class Head:
     def token_losses(self, states: Tensor, targets: Tensor) -> Tensor:
         """What `metrics.token_losses` finds of the logits of `states`, without those: nats, float32.
 
-        loss[p] = logsumexp(z[p]) - z[p, target[p]], z = weight @ states[p] + bias in the dtype of the model, so that
-        every logit has the rounding it has in the model; sums in float32. states: [positions, width]; targets:
-        [positions]. One pass over the weight. Memory: _AT_ONCE logits.
+        loss[p] = logsumexp(z[p]) - z[p, target[p]], z = weight @ states[p] + bias in the dtype of the model, so that a
+        logit is rounded as in the model, but for a bias, which is added after that; sums in float32. states:
+        [positions, width]; targets: [positions]. One pass over the weight. Memory: _AT_ONCE logits.
         """
         weight, bias = self.linear.weight, self.linear.bias
         positions, vocabulary = len(states), len(weight)

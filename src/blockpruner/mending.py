@@ -51,12 +51,6 @@ class Mended:
                 f"nothing was written: {self.record.reason}",
                 fix="fit on more text, take another method, or write it all the same with --force",
             )
-        if not self.repair.replacements and not self.repair.weights:
-            gap = next((gap for gap in self.record.gaps if gap.reason), self.record.gaps[0])
-            raise CheckFailedError(
-                f"nothing was written, since nothing was recovered: {gap.removed}: {gap.reason}",
-                fix="fit on more text, or take another method",
-            )
 
     def save(self, out: Path) -> Saved:
         """Write it to the new folder `out`, reloaded and compared, with plan.json and recovery.json beside the weights.

@@ -131,10 +131,8 @@ def _recovery(record: RecoveryRecord | None) -> list[str]:
     losses = {"whole model": record.dense, "without them": record.pruned, "recovered": record.recovered}
     unit = next((loss.unit for loss in losses.values() if loss), "no loss")
     share = "" if record.recovered_share is None else f" It won back {record.recovered_share:.0%} of the increase."
-    said = (
-        f"{_code(record.method)}, fitted on {record.tokens[0]:,} tokens, with {record.added_parameters:,} parameters "
-        f"added.{share}"
-    )
+    done = ", then ".join(_code(step.method) for step in record.steps if step.applied) or "Nothing"
+    said = f"{done}, fitted on {record.tokens[0]:,} tokens, with {record.added_parameters:,} parameters added.{share}"
     note = f"On {record.tokens[1]:,} held-out tokens, by which choices were made. ± standard error over windows."
     return ["## What was done to win quality back", said, _table(unit, losses), note]
 

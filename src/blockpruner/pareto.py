@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -217,6 +218,16 @@ def plan_file(name: str) -> Path:
     return file
 
 
+def _costs_beside(file: Path, plans: Mapping[str, Plan]) -> dict[str, Costs]:
+    """Costs that were measured for the model of these plans, their workload in the source."""
+    table = CostTable.load(file)
+    if any(plan.model is not None and plan.model.fingerprint != table.model for plan in plans.values()):
+        raise InputError(f"{file} has costs of another model", fix="remove that file")
+    where = f"{table.dtype}, {table.device}"
+    found = {key: record.costs() for key, record in table.workloads.items()}
+    return {key: replace(one, source=f"{key}: {one.source} ({where})") for key, one in found.items()}
+
+
 def read_plans(names: Sequence[str], outline: Any) -> tuple[dict[str, Plan], dict[str, Costs]]:
     """The plans in run folders or files, by their names, and the costs that lie beside them by workload."""
     plans: dict[str, Plan] = {}
@@ -228,7 +239,12 @@ def read_plans(names: Sequence[str], outline: Any) -> tuple[dict[str, Plan], dic
         )
         table = file.parent / "costs.json"
         if table.is_file():
-            costs |= {key: record.costs() for key, record in CostTable.load(table).workloads.items()}
+            costs |= _costs_beside(table, plans)
+    if len(costs) > 1:
+        raise InputError(
+            f"the plans have costs of different workloads: {'; '.join(costs)}",
+            fix="weigh plans of one workload, or have times computed with --device-spec",
+        )
     if len(plans) < len(names):
         raise InputError("two plans go by one name", fix="give folders or files of different names")
     return plans, costs

@@ -1,25 +1,28 @@
 """A pruned model made better: recoveries run, each judged on held-out text, and applied if that agrees."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Mask, format_mask
 from blockpruner.errors import InputError
 from blockpruner.evaluations import Evaluations
-from blockpruner.examples import Examples
+from blockpruner.examples import IGNORED, Examples
 from blockpruner.gaps import UNREPAIRED, Repair, repaired
 from blockpruner.objective import ModelObjective
 from blockpruner.parts import Anatomy
 from blockpruner.recoveries import RECOVERIES, format_chain
-from blockpruner.recovery import Bench, Recovery, RecoveryRecord, StepRecord
+from blockpruner.recovery import Bench, GapRecord, Recovery, RecoveryRecord, StepRecord
 from blockpruner.registry import format_method
 from blockpruner.searching import DENSE, Progress
 
+RUN = 32  # tokens in a row that two texts have in common
 HELD_OUT = 5  # where no other text is given, the last fifth of the windows is held out
 
 
@@ -56,7 +59,7 @@ def recover(
         made, gaps = each.repair(replace(bench, start=repair, folder=here))
         _check_holds(made, repair, name)
         found = recovered if _same(made, repair) else loss(model, anatomy, held_out, mask, made)
-        reason = "" if force else _worse(recovered, found)
+        reason = _unchanged(gaps) if _same(made, repair) else "" if force else _worse(recovered, found)
         steps.append(StepRecord(method=name, gaps=gaps, recovered=found, applied=not reason, reason=reason))
         if not reason:
             repair, recovered = made, found
@@ -80,6 +83,12 @@ def recover(
         reason="" if applied else steps[-1].reason,
     )
     return repair, record
+
+
+def _unchanged(gaps: Sequence[GapRecord]) -> str:
+    """Why a method left everything as it was."""
+    reason = next((f": {gap.removed}: {gap.reason}" for gap in gaps if gap.reason), "")
+    return f"nothing was recovered{reason}"
 
 
 def _same(one: Repair, other: Repair) -> bool:
@@ -124,17 +133,39 @@ def apart(examples: Examples, held_out: Examples | None) -> tuple[Examples, Exam
                 fix="give more text, or text of its own to hold out",
             )
         return examples.part(0, len(examples) - last), examples.part(len(examples) - last, len(examples))
-    if common := _fingerprints(examples) & _fingerprints(held_out):
+    if common := _in_common(examples, held_out):
         raise InputError(
-            f"{len(common)} of the windows that a recovery is judged by are also fitted on",
+            f"{common} of the windows that a recovery is judged by are also fitted on, or parts of them are",
             fix="hold out other text",
         )
     return examples, held_out
 
 
-def _fingerprints(examples: Examples) -> set[bytes]:
-    """Of the tokens of each row."""
-    return {hashlib.sha256(row.cpu().numpy().tobytes()).digest() for row in examples.inputs["input_ids"]}
+def _in_common(examples: Examples, held_out: Examples) -> int:
+    """How many windows to judge by share text with those to fit on: all of it, or twice RUN tokens, wherever it stands.
+
+    Every RUN-th run of the one is looked for at every place of the other, so that what is cut up otherwise is seen.
+    """
+    fit, judged = _texts(examples), _texts(held_out)
+    whole = {row.tobytes() for row in fit}
+    runs = {bytes(run) for row in fit for run in _runs(row)[::RUN]}
+    return sum(row.tobytes() in whole or len({bytes(run) for run in _runs(row)} & runs) > 1 for row in judged)
+
+
+def _texts(examples: Examples) -> "np.ndarray[Any, Any]":
+    """The tokens of each row, without what was masked in them."""
+    ids, targets = examples.inputs["input_ids"], examples.targets
+    if examples.question == "masked tokens":
+        ids = torch.where(targets == IGNORED, ids, targets)
+    return ids.cpu().numpy()
+
+
+def _runs(row: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """All runs of RUN tokens in a row, as bytes [places, bytes of a run]."""
+    if len(row) < 2 * RUN:
+        return np.empty((0, 0), dtype=np.uint8)
+    found = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(row, RUN))
+    return found.view(np.uint8).reshape(len(found), -1)
 
 
 def _worse(pruned: Estimate | None, recovered: Estimate | None) -> str:

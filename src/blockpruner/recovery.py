@@ -209,7 +209,7 @@ class Trained:
 
     def looks(self, steps: int) -> list[int]:
         """The steps after which the held-out loss is looked at: 0, the last one and those between."""
-        every = self.evaluate_every or max(1, steps // 10)
+        every = self.evaluate_every or max(1, -(-steps // 10))
         return sorted({0, steps, *range(0, steps, every)})
 
     def price(self, held: int, tokens: int, judged: int) -> str:

@@ -48,15 +48,22 @@ def spans(anatomy: Anatomy, mask: Mask) -> list[Span]:
     return found
 
 
+def _lives(layer: Layer, mask: Mask, repair: Repair) -> bool:
+    """Whether a block of the layer is left, or something stands in the place of one."""
+    return any(part.block not in mask or part.path in repair.replacements for part in layer.parts) or (
+        layer.path in repair.replacements
+    )
+
+
 def layer_map(anatomy: Anatomy, mask: Mask, repair: Repair) -> dict[str, list[tuple[int, ...]]]:
     """Per stack, for each layer or map that is left, in order, the numbers of the dense layers that it stands for.
 
-    A layer with any block left stands for itself; a map for its run. Runs without a map stand nowhere.
+    A layer with any block or replacement left stands for itself; a map for its run. Runs without a map stand nowhere.
     """
-    filled = {span.first: span for span in spans(anatomy, mask) if span.blocks in repair.spans.values()}
+    filled = [span for span in spans(anatomy, mask) if span.blocks in repair.spans.values()]
     whole: dict[str, list[tuple[int, ...]]] = {}
     for stack in anatomy.stacks:
-        here = {first: span for first, span in filled.items() if span.stack == stack.name}
-        left = {n: (n,) for n, layer in enumerate(stack.layers) if any(part.block not in mask for part in layer.parts)}
+        here = {span.first: span for span in filled if span.stack == stack.name}
+        left = {n: (n,) for n, layer in enumerate(stack.layers) if _lives(layer, mask, repair)}
         whole[stack.name] = [at for _, at in sorted({**left, **{n: s.numbers for n, s in here.items()}}.items())]
     return whole

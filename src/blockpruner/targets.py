@@ -54,6 +54,10 @@ class Memory:
         """A cost that is left, in the words of the target."""
         return f"memory={readable_bytes(left + self.reserve)}"
 
+    def nearest(self, costs: Costs, left: float) -> str:
+        """The target that a cost which is left just meets."""
+        return str(replace(self, most=math.ceil(left) + self.reserve))
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -76,6 +80,11 @@ class Speed:
 
     def limit(self, costs: Costs) -> float:
         return costs.whole / float(self.ratio)
+
+    def nearest(self, costs: Costs, left: float) -> str:
+        """The target that a cost which is left just meets."""
+        ratio = Fraction(math.floor(100 * costs.whole / left), 100) if left > 0 else Fraction(999)
+        return str(replace(self, ratio=ratio)) if ratio > 1 else "no speed-up at all"
 
     def said(self, costs: Costs, left: float) -> str:
         return f"speed={math.floor(100 * costs.whole / left) / 100 if left > 0 else math.inf:.2f}x:{self.phase}"
@@ -150,11 +159,11 @@ class Goals:
         for limit in self.limits:
             if not self.met(limit, outline, everything):
                 costs = self.costs[limit.workload]
-                nearest = limit.said(costs, costs.left(outline, everything))
+                nearest = limit.nearest(costs, costs.left(outline, everything))
                 raise InputError(
-                    f"{limit} cannot be had: without any of the blocks that {granularity!r} moves may take it would be "
-                    f"{nearest} (costs: {costs.source})",
-                    fix=f"ask for no more than {nearest}, shorten context or batch, protect less, or use other moves",
+                    f"{limit} cannot be had: without any of the blocks that {granularity!r} moves may take, the "
+                    f"nearest is {nearest} (costs: {costs.source})",
+                    fix=f"ask for {nearest}, shorten context or batch, protect less, or use other moves",
                 )
 
 

@@ -21,7 +21,7 @@ from blockpruner.courses import Course, Trace, rates, rows_of, windows_of_step
 from blockpruner.errors import CheckFailedError, RunFolderError
 from blockpruner.recovery import Judged
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # as AdamW calls them; none for what no gradient has reached yet
 
 
 def train(course: Course) -> Trace:
@@ -107,12 +107,16 @@ class _Loop:
                 self.course.noise(False)
 
     def _gather(self) -> None:
-        """Add the gradients of one pass to those of the masters; what nothing went through has zeros."""
+        """Add the gradients of one pass to those of the masters.
+
+        What nothing went through has zeros if it has moments, and else none, so that no weight decay touches it.
+        """
         for name, (parameter, _) in self.course.numbers.items():
             gradient, parameter.grad = parameter.grad, None
             master = self.masters[name]
             if master.grad is None:
-                master.grad = torch.zeros_like(master) if gradient is None else gradient.to(master)
+                still = torch.zeros_like(master) if self.optimizer.state.get(master) else None
+                master.grad = still if gradient is None else gradient.to(master)
             elif gradient is not None:
                 master.grad.add_(gradient.to(master))
 
@@ -160,7 +164,8 @@ class _Loop:
         with new_folder(_place(folder, self.trace.step)) as aside:
             write_bytes(aside / "masters.safetensors", save({name: m.detach() for name, m in self.masters.items()}))
             for moment in MOMENTS:
-                held = {name: self.optimizer.state[master][moment] for name, master in self.masters.items()}
+                states = {name: self.optimizer.state.get(master) for name, master in self.masters.items()}
+                held = {name: state[moment] for name, state in states.items() if state}
                 write_bytes(aside / f"{moment}.safetensors", save(held))
             self.trace.save(aside / "trace.json")
         stay = {_place(folder, self.trace.step), _place(folder, self.trace.best(self.course.force))}
@@ -181,9 +186,9 @@ class _Loop:
             )
         self.trace = trace
         moments = {moment: load_file(found[-1] / f"{moment}.safetensors") for moment in MOMENTS}
-        for name, master in self.masters.items():
-            held = {moment: values[name].to(master.device) for moment, values in moments.items()}
-            self.optimizer.state[master] = {"step": torch.tensor(float(trace.step)), **held}
+        for name in moments["step"]:
+            held = {moment: values[name].to(self.masters[name].device) for moment, values in moments.items()}
+            self.optimizer.state[self.masters[name]] = held | {"step": moments["step"][name]}
         self._take(load_file(found[-1] / "masters.safetensors"))
 
     def _identity(self) -> str:

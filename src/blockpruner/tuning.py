@@ -87,7 +87,9 @@ def trained(
                 judge=judge,
                 examples=bench.examples,
                 held_out=bench.held_out,
-                identity=f"{type(options).__name__} {format_mask(bench.mask)} {computation(model)}",
+                identity=" ".join(
+                    (type(options).__name__, format_mask(bench.mask), computation(model), bench.start.digest())
+                ),
                 noise=pupil.train,
                 force=bench.force,
                 folder=bench.folder,

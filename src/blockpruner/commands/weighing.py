@@ -97,6 +97,8 @@ def pareto(
     from blockpruner.weighing_tables import print_pareto
 
     card = parse_card(device_spec) if device_spec else None
+    if not 0 <= budget < float("inf"):
+        raise InputError(f"--within {budget} is no number of nats", fix="give 0 or more, as in --within 0.1")
     for folder in folders:
         plan_file(folder)  # a mistake is said before the model is loaded
     subject = opened(model or _model_of(folders[0]), loading)

@@ -143,7 +143,7 @@ class _Work:
         settings = self._settings(name, task) | {"computation": digest}
         for kept in self.kept.tasks.results if self.kept.tasks else ():
             if settings == {key: getattr(kept, key) for key in settings}:
-                return kept
+                return kept.by(task.metric)
         how = {"limit": self.wanted.limit, "batch": self.wanted.batch}
         return self.harness.run(model, one.tokenizer, task, contestant=name, computation=digest, **how)
 

@@ -19,6 +19,7 @@ from blockpruner.subject import Subject
 from blockpruner.targets import Goals, Memory, Speed
 
 ROUNDS, NEW = 7, 8
+MEASURED = "measured on this"  # how the source of such costs begins; what is computed for a card is not kept
 
 
 def bound(
@@ -52,10 +53,11 @@ def bound(
 
 
 def table_of(target: Target | Goals, subject: Subject) -> CostTable | None:
-    """The costs in time that a bound target goes by, for the run folder; None if it has none."""
+    """The costs in time that were measured for a bound target, for the run folder; None if there are none."""
     if isinstance(target, Target):
         return None
-    costs = {limit.workload: target.costs[limit.workload] for limit in target.limits if isinstance(limit, Speed)}
+    named = {limit.workload: target.costs[limit.workload] for limit in target.limits if isinstance(limit, Speed)}
+    costs = {workload: one for workload, one in named.items() if one.source.startswith(MEASURED)}
     device = str(subject.model.device)
     return CostTable.of(subject.identity.fingerprint, subject.dtype, device, costs) if costs else None
 
@@ -75,7 +77,7 @@ def measured(subject: Subject, speed: Speed, ledger: Ledger, progress: Progress 
     for blocks, some, times in zip(classes, named.values(), without, strict=True):
         saved = median(a - b for a, b in zip(whole, times, strict=True)) / len(some)
         each |= dict.fromkeys(blocks, max(0.0, saved))
-    return Costs(median(whole), each, {}, "seconds", f"measured on this {subject.model.device.type}, {ROUNDS} rounds")
+    return Costs(median(whole), each, {}, "seconds", f"{MEASURED} {subject.model.device.type}, {ROUNDS} rounds")
 
 
 def alike(ledger: Ledger) -> list[list[Block]]:

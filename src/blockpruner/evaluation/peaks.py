@@ -1,6 +1,8 @@
 """The memory that a pass takes beside what was held before it."""
 
 import contextlib
+import ctypes
+import gc
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ def peak_memory(device: torch.device) -> Iterator[Taken]:
         yield taken
         taken.peak = torch.cuda.max_memory_allocated(device) - before
     elif device.type == "cpu" and _STATUS.exists():
+        _give_back()
         before, stop, most = _anonymous(), threading.Event(), [0]
 
         def watch() -> None:
@@ -48,6 +51,14 @@ def peak_memory(device: torch.device) -> Iterator[Taken]:
     else:
         yield taken
         taken.reason = f"memory of {device.type} is not watched on this system"
+
+
+def _give_back() -> None:
+    """Have the C library give freed memory back, which would be taken again without being seen."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def _anonymous() -> int:

@@ -1,6 +1,7 @@
 """What contestants made of tasks, item by item, and each beside the reference."""
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Self
 
 from blockpruner.artifacts import Artifact, Estimate, Record
 from blockpruner.errors import CheckFailedError
@@ -12,6 +13,11 @@ class Items(Record):
 
     docs: tuple[str, ...]
     values: dict[str, tuple[float, ...]]
+
+
+def usual_metric(wanted: str | None, metrics: Mapping[str, Estimate]) -> str:
+    """The metric to look at: that which is wanted, if it is there, else acc_norm, acc, or the first."""
+    return next(name for name in (wanted or "", "acc_norm", "acc", *metrics) if name in metrics)
 
 
 class TaskResult(Record):
@@ -33,6 +39,10 @@ class TaskResult(Record):
     harness: str
     dtype: str
     computation: str
+
+    def by(self, metric: str | None) -> Self:
+        """The same, looked at by another metric."""
+        return self.model_copy(update={"metric": usual_metric(metric, self.metrics)})
 
     @property
     def figure(self) -> Estimate:

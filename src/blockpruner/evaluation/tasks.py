@@ -20,7 +20,7 @@ from typing import Any, cast
 from blockpruner.artifacts import Estimate
 from blockpruner.errors import CheckFailedError, InputError, MachineError, missing_extra
 from blockpruner.evaluation.suites import Task
-from blockpruner.evaluation.task_table import Items, TaskResult
+from blockpruner.evaluation.task_table import Items, TaskResult, usual_metric
 
 LOCAL = "local_"  # an include path that holds local_piqa stands in for piqa
 
@@ -107,7 +107,7 @@ class Harness:
             contestant=contestant,
             task=task.name,
             ran=name,
-            metric=_metric(task.metric, metrics),
+            metric=usual_metric(task.metric, metrics),
             metrics=metrics,
             items=items,
             shots=task.shots,
@@ -167,11 +167,6 @@ def _items(samples: list[dict[str, Any]]) -> Items:
 
 def _key(metric: str, kind: str) -> str:
     return metric if kind == "none" else f"{metric},{kind}"
-
-
-def _metric(wanted: str | None, metrics: Mapping[str, Estimate]) -> str:
-    known = [name for name in (wanted, "acc_norm", "acc", *metrics) if name in metrics]
-    return str(known[0])
 
 
 @contextlib.contextmanager

@@ -208,7 +208,7 @@ def timed(model: Any, protocol: Protocol, inputs: dict[str, Tensor]) -> Run:
         max_new_tokens=protocol.new,
         min_new_tokens=protocol.new,
         stopping_criteria=StoppingCriteriaList([_Marking(clock)]),
-        **({"do_sample": False} | draw | options),
+        **({"do_sample": False, "num_beams": 1} | draw | options),
     )
     first, *others = clock.seconds()
     return Run(first, math.fsum(others) / len(others) if others else None)

@@ -113,10 +113,11 @@ def _rows(problem: Problem, moves: Sequence[Move]) -> list[Row]:
         sizes = {place: float(len(m.blocks)) if count.unit == "blocks" else 1.0 for place, m in enumerate(moves)}
         rows.append((sizes, float(count.amount), float(count.amount)))
     for costs, needed in _needs(outline, goals):
+        if needed <= 0:
+            continue  # the whole model meets it
         row = {place: sum(costs.each.get(b, 0.0) for b in move.blocks) for place, move in enumerate(moves)}
         row |= {empty[key]: value for key, value in costs.shared.items()}
-        scale = max(needed, 1e-30)
-        rows.append(({place: value / scale for place, value in row.items()}, needed / scale, inf))
+        rows.append(({place: value / needed for place, value in row.items()}, 1.0, inf))
     return rows
 
 
