@@ -116,9 +116,8 @@ def numbers(options):
 
 
 def test_python_and_the_command_line_have_the_same_defaults():
-    search = ("seed", "criterion", "objective", "moves", "protect")
+    search = ("seed", "search", "criterion", "objective", "moves", "protect", "recovery", "device_spec")
     assert defaults(prepare, *search) == defaults(finding.search, *search)
-    assert defaults(prepare, "search")["search"] == defaults(finding.search, "method")["method"]
     score = ("seed", "objective", "moves", "protect")
     assert defaults(compare, *score) == defaults(finding.score, *score)
     text = ("tokens", "window", "bos", "split", "column")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockpruner.anatomy import read_anatomy
+from blockpruner.artifacts import Estimate
 from blockpruner.blocks import parse_mask
 from blockpruner.calibration import load_calibration
 from blockpruner.errors import CheckFailedError
@@ -152,7 +153,7 @@ def test_a_greedy_sample_goes_on_with_the_most_likely_tokens(opened):
 
 @given(st.lists(st.floats(1, 1e4), min_size=2, max_size=12), st.integers(1, 500))
 def test_with_windows_of_one_size_bits_per_byte_is_an_ordinary_mean(bits, size):
-    found = quality._bits_per_byte(bits, [size] * len(bits))
+    found = Estimate.ratio(bits, [size] * len(bits), "bits per byte")
     each = [b / size for b in bits]
     assert found.value == pytest.approx(statistics.mean(each))
     assert found.stderr == pytest.approx(statistics.stdev(each) / len(each) ** 0.5, abs=1e-9)
@@ -160,6 +161,6 @@ def test_with_windows_of_one_size_bits_per_byte_is_an_ordinary_mean(bits, size):
 
 @given(st.lists(st.integers(1, 500), min_size=2, max_size=12), st.floats(0.1, 5))
 def test_windows_that_agree_on_bits_per_byte_leave_no_doubt_about_it(sizes, rate):
-    found = quality._bits_per_byte([rate * size for size in sizes], sizes)
+    found = Estimate.ratio([rate * size for size in sizes], sizes, "bits per byte")
     assert found.value == pytest.approx(rate)
     assert found.stderr == pytest.approx(0, abs=1e-6)

@@ -229,6 +229,19 @@ class Estimate(Record):
         variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
         return cls(value=mean, stderr=math.sqrt(variance / n), n=n, unit=unit)
 
+    @classmethod
+    def ratio(cls, sums: Sequence[float], sizes: Sequence[float], unit: str) -> Self:
+        """r = sum(sums) / sum(sizes) over n units (at least one of some size), and its standard error.
+
+        stderr(r) = sqrt(sum((sum_i - r size_i)^2) / (n - 1) / n) / mean(sizes), the usual one of a ratio of means.
+        """
+        n, total = len(sums), math.fsum(sizes)
+        value = math.fsum(sums) / total
+        if n == 1:
+            return cls(value=value, stderr=None, n=1, unit=unit, reason="one unit has no spread")
+        spread = math.fsum((part - value * size) ** 2 for part, size in zip(sums, sizes, strict=True)) / (n - 1)
+        return cls(value=value, stderr=math.sqrt(spread / n) / (total / n), n=n, unit=unit)
+
 
 class Work(Record):
     """Work in tokens: one mixing block (attention, cross-attention, mixer), mlp or loss applied to one token."""

@@ -18,7 +18,6 @@ from blockpruner.probing import replaced
 
 _AT_ONCE = {"cpu": 2**18}  # logits that exist at a time: 1 MiB in float32, what a core's own cache holds
 _ELSEWHERE = 2**24
-_ALIGNED = 64  # bytes: where torch puts tensors of its own
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,6 @@ class Head:
         rows = max(1, min(vocabulary, _AT_ONCE.get(states.device.type, _ELSEWHERE) // max(1, positions)))
         columns = states.to(weight.dtype).T.contiguous()  # some models widen their logits, and now these
         found = columns.new_empty(rows, positions)
-        aside = weight.new_empty(rows, weight.shape[1]) if weight.data_ptr() % _ALIGNED or rows < vocabulary else weight
         narrow = found.dtype != torch.float32
         wide = torch.empty_like(found, dtype=torch.float32) if narrow else found
         highest = wide.new_full((positions,), torch.finfo(torch.float32).min)
@@ -54,8 +52,6 @@ class Head:
         bounds = torch.searchsorted(ordered, torch.arange(0, vocabulary + rows, rows, device=targets.device)).tolist()
         for number, start in enumerate(range(0, vocabulary, rows)):
             some = weight[start : start + rows]
-            if some.data_ptr() % _ALIGNED:  # as in a mapped file: other sums of products, and so other bits
-                some = aside[: len(some)].copy_(some)
             logits = torch.mm(some, columns, out=found[: len(some)])
             if bias is not None:
                 logits += bias[start : start + rows, None]

@@ -62,6 +62,25 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Searching:
+    """How a plan is looked for."""
+
+    search: Annotated[str, typer.Option(help="Search, with options as name:key=value.")] = "greedy"
+    criterion: Annotated[
+        str, typer.Option(help="What ranks the moves, for searches that rank; or scores.json of `score`.")
+    ] = "cosine"
+    objective: Objective = "loss"
+    moves: Annotated[str, typer.Option(help="block, attention, mlp, layer or stock.")] = "block"
+    protect: Protect = ""
+    recovery: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="Score each removal with bias or linear:rank=64 in its place.")
+    ] = None
+    device_spec: Annotated[
+        str | None, typer.Option(metavar="CARD", help="Compute speed for l4, l40s, a100, h100; else measured here.")
+    ] = None
+
+
+@dataclass(frozen=True)
 class Loading:
     """How a model is opened."""
 
@@ -73,7 +92,7 @@ class Loading:
 
 
 # The defaults of a command are those of an instance of its own; prune and recover keep to what the files hold.
-TEXT = Text()
+TEXT, SEARCHING = Text(), Searching()
 LOADING, STORED, ON_CPU = Loading(), Loading(dtype="stored"), Loading(dtype="stored", device="cpu")
 
 

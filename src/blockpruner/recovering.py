@@ -58,8 +58,11 @@ def recover(
         here = None if folder is None else folder / f"{number}-{name.partition(':')[0]}"
         made, gaps = each.repair(replace(bench, start=repair, folder=here))
         _check_holds(made, repair, name)
-        found = recovered if _same(made, repair) else loss(model, anatomy, held_out, mask, made)
-        reason = _unchanged(gaps) if _same(made, repair) else "" if force else _worse(recovered, found)
+        if _same(made, repair):
+            found, reason = recovered, _unchanged(gaps)
+        else:
+            found = loss(model, anatomy, held_out, mask, made)
+            reason = "" if force else _worse(recovered, found)
         steps.append(StepRecord(method=name, gaps=gaps, recovered=found, applied=not reason, reason=reason))
         if not reason:
             repair, recovered = made, found

@@ -179,6 +179,7 @@ class Trained:
     masters: Literal["float32", "stored"] = "float32"
     seed: int = 0
 
+    whole: ClassVar[bool] = False  # whether all weights are trained, which are then a second copy of the dense model's
     package: ClassVar[str] = ""  # that it needs beside those of blockpruner itself
     teacher: ClassVar[bool] = False  # whether the dense model runs as well, where no option says so
 
@@ -222,4 +223,8 @@ class Trained:
     @property
     def copies(self) -> str:
         """What is held beside one copy of the weights, in words."""
-        return "no second copy of the weights"
+        more = "a second copy of the weights and AdamW's state of all of them"
+        return more if self.whole else "no second copy of the weights"
+
+    def added_parameters(self, inputs: int, outputs: int) -> int:
+        return 0

@@ -29,7 +29,7 @@ def lookup(name: str, registry: Mapping[str, T], noun: str) -> T:
 def parse_method(text: str, registry: Mapping[str, type[T]], noun: str, **shared: object) -> T:
     """The method that `text` names, built with the options it gives: `random:seed=3`.
 
-    registry: name -> frozen dataclass, whose fields are the options; noun: what the error calls it.
+    registry: name -> frozen dataclass, whose fields (of its repr) are the options; noun: what the error calls it.
     shared: options of the whole run (a seed), for methods that have such a field and were not given it in `text`.
     InputError for an unknown name or option, an option given twice, and a value of the wrong type.
     """
@@ -64,7 +64,7 @@ def _option_types(method: type) -> dict[str, Any]:
     if not dataclasses.is_dataclass(method):
         return {}
     hints = get_type_hints(method)
-    return {field.name: hints[field.name] for field in dataclasses.fields(method)}
+    return {field.name: hints[field.name] for field in dataclasses.fields(method) if field.repr}
 
 
 def _convert(value: str, hint: Any, where: str) -> Any:

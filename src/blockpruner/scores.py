@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -67,23 +67,20 @@ class ScoreTable(Artifact):
 class Recorded:
     """Scores of an earlier run as a criterion, so that many plans can be made of them: nothing is measured again.
 
-    criterion: which one of the file; digest: of its scores. InputError where what was gone then is not what is gone now
-    (a search that ranks again needs a criterion), or where a move has no score in the file.
+    criterion: which one of the file; digest: of its scores; known, gone: these, and what was gone then. InputError
+    where that is not what is gone now (a search that ranks again needs a criterion), or a move has no score in it.
     """
 
     criterion: str
     digest: str
-    known: InitVar[CriterionScores]
-    gone: InitVar[Mask]
+    known: CriterionScores = field(repr=False)
+    gone: Mask = field(repr=False)
 
     title: ClassVar[str] = "Scores from a file"
     source: ClassVar[str] = "an earlier run"
     needs: ClassVar[Needs] = "nothing"
     passes: ClassVar[str] = "none"
     moves: ClassVar[str] = "those in the file"
-
-    def __post_init__(self, known: CriterionScores, gone: Mask) -> None:
-        object.__setattr__(self, "_held", (known.scores, gone))
 
     @classmethod
     def read(cls, path: Path, model: ModelIdentity | None = None) -> Self:
@@ -100,24 +97,16 @@ class Recorded:
 
     def scores(self, lab: Lab, moves: Sequence[Move]) -> Scores:
         self.cost(lab, moves)
-        return {move: self._known[str(move)] for move in moves}
+        return {move: self.known.scores[str(move)] for move in moves}
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
-        missing = [str(move) for move in moves if str(move) not in self._known]
-        if missing or lab.mask != self._gone:
+        missing = [str(move) for move in moves if str(move) not in self.known.scores]
+        if missing or lab.mask != self.gone:
             reason = f"has no score of {missing[0]}" if missing else "is of a model from which other blocks are gone"
             raise InputError(
                 f"the file of scores {reason}", fix="use --search one-shot or knapsack, and the same moves"
             )
         return 0.0
-
-    @property
-    def _known(self) -> dict[str, Estimate | None]:
-        return self.__dict__["_held"][0]
-
-    @property
-    def _gone(self) -> Mask:
-        return self.__dict__["_held"][1]
 
 
 def least_first(scores: Scores) -> list[Move]:

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import ClassVar, Literal, Self
 
 from blockpruner.blocks import Mask, Move, Outline
-from blockpruner.costs import Costs, format_bytes, parse_bytes, readable_bytes
+from blockpruner.costs import Costs, format_bytes, parse_bytes
 from blockpruner.errors import InputError
 from blockpruner.moves import Target
 
@@ -50,10 +50,6 @@ class Memory:
     def limit(self, costs: Costs) -> float:
         return self.most - self.reserve
 
-    def said(self, costs: Costs, left: float) -> str:
-        """A cost that is left, in the words of the target."""
-        return f"memory={readable_bytes(left + self.reserve)}"
-
     def nearest(self, costs: Costs, left: float) -> str:
         """The target that a cost which is left just meets."""
         return str(replace(self, most=math.ceil(left) + self.reserve))
@@ -85,9 +81,6 @@ class Speed:
         """The target that a cost which is left just meets."""
         ratio = Fraction(math.floor(100 * costs.whole / left), 100) if left > 0 else Fraction(999)
         return str(replace(self, ratio=ratio)) if ratio > 1 else "no speed-up at all"
-
-    def said(self, costs: Costs, left: float) -> str:
-        return f"speed={math.floor(100 * costs.whole / left) / 100 if left > 0 else math.inf:.2f}x:{self.phase}"
 
 
 Limit = Memory | Speed
@@ -132,9 +125,9 @@ class Goals:
         return costs.left(outline, mask) <= limit.limit(costs)
 
     def had(self, outline: Outline, mask: Mask) -> str:
-        """What `mask` comes to, in the words of the targets with costs."""
+        """The targets with costs that `mask` just meets."""
         return ",".join(
-            limit.said(costs, costs.left(outline, mask))
+            limit.nearest(costs, costs.left(outline, mask))
             for limit in self.limits
             for costs in (self.costs[limit.workload],)
         )

@@ -10,6 +10,7 @@ from blockpruner.command import crew_of, opened, print_json, say_price, stream_m
 from blockpruner.console import Progress, duration, say
 from blockpruner.options import (
     LOADING,
+    SEARCHING,
     TEXT,
     Cluster,
     Json,
@@ -19,6 +20,7 @@ from blockpruner.options import (
     Objective,
     Protect,
     Run,
+    Searching,
     Seed,
     Source,
     Stream,
@@ -117,27 +119,12 @@ def search(
         ),
     ],
     calibration: Annotated[str, typer.Option(metavar="SOURCE", help=Source)],
-    method: Annotated[str, typer.Option("--search", help="Search, with options as name:key=value.")] = "greedy",
-    criterion: Annotated[
-        str, typer.Option(help="What ranks the moves, for searches that rank; or scores.json of `score`.")
-    ] = "cosine",
-    objective: Objective = "loss",
-    moves: Annotated[str, typer.Option(help="block, attention, mlp, layer or stock.")] = "block",
-    protect: Protect = "",
+    how: Searching = SEARCHING,
     text: Text = TEXT,
     seed: Seed = 0,
     loading: Loading = LOADING,
     stream: Stream = False,
     memory: Memory = None,
-    recovery: Annotated[
-        str | None, typer.Option(metavar="METHOD", help="Score each removal with bias or linear:rank=64 in its place.")
-    ] = None,
-    device_spec: Annotated[
-        str | None,
-        typer.Option(
-            "--device-spec", metavar="CARD", help="Compute speed for l4, l40s, a100, h100; else measured here."
-        ),
-    ] = None,
     run: Run = None,
     start: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="A plan to improve, for swap.")] = None,
     budget: Annotated[int | None, typer.Option(min=1, help="Evaluations of a mask at most.")] = None,
@@ -154,8 +141,8 @@ def search(
     from blockpruner.tables import print_plan
     from blockpruner.targets import parse_target
 
-    if recovery:
-        parse_recovery(recovery)  # a mistake is said before the model is loaded
+    if how.recovery:
+        parse_recovery(how.recovery)  # a mistake is said before the model is loaded
     parse_target(target)  # this too
     crew = crew_of(workers, ray, model, loading)
     subject = opened(model, loading, stream_memory(stream, memory, workers))
@@ -163,19 +150,13 @@ def search(
     task = prepare(
         subject,
         target=target,
-        device_spec=device_spec,
         costs=run / "costs.json",
         progress=Progress(),
         calibration=calibration,
-        search=method,
-        criterion=criterion,
-        objective=objective,
-        moves=moves,
-        protect=protect,
         start=Plan.read(start, subject.anatomy.outline) if start else None,
-        recovery=recovery,
-        **text.options(),
         seed=seed,
+        **vars(how),
+        **text.options(),
     )
     if task.replacing:
         say(f"recovery inside the search: {task.replacing.identity}")
@@ -194,6 +175,11 @@ def search(
         print_plan(plan)
     if plan.stop_reason == Stop.INTERRUPTED:
         raise KeyboardInterrupt
+    _say_next(run, model, calibration, how.recovery)
+
+
+def _say_next(run: Path, model: str, calibration: str, recovery: str | None) -> None:
+    """The commands that come after a search."""
     prune = ["blockpruner", "prune", model, "--plan", str(run / "plan.json"), "--out", str(run / "model")]
     say(f"next: {shlex.join(prune)}")
     if recovery:

@@ -6,10 +6,11 @@ differences which two separate standard errors hide.
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
-from scipy.stats import binomtest, norm
+from scipy.special import bdtr
 
 from blockpruner.artifacts import Record
 
@@ -69,7 +70,7 @@ def compare(reference: Sequence[float], contestant: Sequence[float], seed: int =
 
 def mcnemar(gained: int, lost: int) -> float:
     """Two-sided exact p-value of `gained` heads among `gained + lost` tosses of a fair coin; 1 where there are none."""
-    return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
+    return min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5))) if gained + lost else 1.0
 
 
 def holm(values: Mapping[str, float]) -> dict[str, float]:
@@ -93,7 +94,7 @@ def together(found: Mapping[str, Comparison]) -> dict[str, Comparison]:
 
 def _adjusted_wald(gained: int, lost: int, n: int) -> tuple[float, float]:
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = float(norm.ppf((1 + LEVEL) / 2)) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    half = NormalDist().inv_cdf((1 + LEVEL) / 2) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     return max(-1.0, up - down - half), min(1.0, up - down + half)
 
 

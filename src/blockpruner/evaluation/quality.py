@@ -123,6 +123,7 @@ def _quality(
             fix="evaluate with --dtype float32; if that changes nothing, the model is broken",
         )
     predicted = data.record.window - 1
+    bits = [loss * predicted / math.log(2) for loss in losses]
     return Quality(
         name=name,
         removed=removed_from(model, mask),
@@ -132,7 +133,7 @@ def _quality(
         fingerprint=data.record.fingerprint,
         loss=Estimate.of(losses, Loss.unit),
         perplexity=perplexity(losses, mean),
-        bits_per_byte=_bits_per_byte([loss * predicted / math.log(2) for loss in losses], data.bytes_per_window),
+        bits_per_byte=Estimate.ratio(bits, data.bytes_per_window, "bits per byte"),
     )
 
 
@@ -140,19 +141,6 @@ def removed_from(model: PreTrainedModel, mask: Mask) -> str:
     """The blocks that are missing without `mask`: also what an earlier pruning took, as the configuration tells."""
     record = getattr(model.config, "blockpruner", None) or {"removed": []}
     return format_mask(mask | frozenset(map(Block.parse, record["removed"])))
-
-
-def _bits_per_byte(bits: Sequence[float], sizes: Sequence[int]) -> Estimate:
-    """The ratio of two sums over windows, r = sum(bits) / sum(bytes), and its standard error.
-
-    stderr(r) = sqrt(sum((bits - r * bytes)^2) / (n - 1) / n) / mean(bytes), the usual one of a ratio of means.
-    """
-    n, total = len(bits), sum(sizes)
-    ratio = math.fsum(bits) / total
-    if n == 1:
-        return Estimate(value=ratio, stderr=None, n=1, unit="bits per byte", reason="one unit has no spread")
-    spread = math.fsum((b - ratio * size) ** 2 for b, size in zip(bits, sizes, strict=True)) / (n - 1)
-    return Estimate(value=ratio, stderr=math.sqrt(spread / n) / (total / n), n=n, unit="bits per byte")
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from statistics import median, quantiles
 from typing import Any, ClassVar, Self
 
 import torch
-from scipy.stats import binom
+from scipy.special import bdtr
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
@@ -129,7 +129,7 @@ class SpeedUp(Record):
 
 def _rank(n: int) -> int | None:
     """The largest r such that the median lies between the values of rank r and n-1-r (from 0) in 95 of 100 cases."""
-    fitting = [r for r in range(n // 2) if 2 * binom.cdf(r, n, 0.5) <= 1 - CONFIDENCE]
+    fitting = [r for r in range(n // 2) if 2 * bdtr(r, n, 0.5) <= 1 - CONFIDENCE]
     return max(fitting, default=None)
 
 

@@ -1,6 +1,5 @@
 """Losses of tokens by their class: rare or frequent, new or repeated, early or late in the window, word or number."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,21 +74,16 @@ def effects(classes: Sequence[TokenClass], before: Tensor, after: Tensor) -> tup
 
 
 def mean_over(values: Tensor, where: Tensor) -> Estimate | None:
-    """The mean of the marked values, r = sum / number, with the standard error of a ratio of sums over windows.
+    """The mean of the marked values over the windows that have such: a ratio of sums, see `Estimate.ratio`.
 
-    stderr(r) = sqrt(sum over windows of (sum_w - r number_w)^2 / (n - 1) / n) / mean(number_w), over the n windows that
-    have such tokens. None where a value is not finite.
+    None where a value is not finite.
     """
     counts = where.sum(1).double()
     sums = torch.where(where, values, 0.0).sum(1)[counts > 0]
     counts = counts[counts > 0]
     if not len(counts) or not bool(torch.isfinite(sums).all()):
         return None
-    n, mean = len(counts), float(sums.sum() / counts.sum())
-    if n == 1:
-        return Estimate(value=mean, stderr=None, n=1, unit=Loss.unit, reason="one unit has no spread")
-    spread = float((sums - mean * counts).square().sum()) / (n - 1)
-    return Estimate(value=mean, stderr=math.sqrt(spread / n) / float(counts.mean()), n=n, unit=Loss.unit)
+    return Estimate.ratio(sums.tolist(), counts.tolist(), Loss.unit)
 
 
 _Labels = list[list[str]]  # [rows][positions], empty where nothing is predicted

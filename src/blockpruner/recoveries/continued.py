@@ -24,14 +24,8 @@ class Continued(Trained):
     title: ClassVar[str] = "Continued pretraining"
     source: ClassVar[str] = "Shortened LLaMA, Kim et al. 2024, arXiv 2402.02834"
     needs: ClassVar[str] = "backward passes, a second copy of the weights"
+    whole: ClassVar[bool] = True
     passes: ClassVar[str] = "1 backward, 1 forward per epoch"
-
-    @property
-    def copies(self) -> str:
-        return "a second copy of the weights and AdamW's state of all of them"
-
-    def added_parameters(self, inputs: int, outputs: int) -> int:
-        return 0
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.tuning import train_weights

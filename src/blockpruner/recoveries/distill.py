@@ -29,6 +29,7 @@ class Distill(Trained):
     title: ClassVar[str] = "Distillation"
     source: ClassVar[str] = "Hinton et al. 2015, arXiv 1503.02531; hidden states as in TinyBERT"
     needs: ClassVar[str] = "backward passes, a second copy of the weights"
+    whole: ClassVar[bool] = True
     passes: ClassVar[str] = "1 backward, 2 forward per epoch"
     teacher: ClassVar[bool] = True
 
@@ -39,13 +40,6 @@ class Distill(Trained):
                 f"there is no distillation with temperature={self.temperature} and hidden={self.hidden}",
                 fix="give a temperature above 0, and hidden of 0 or more",
             )
-
-    @property
-    def copies(self) -> str:
-        return "a second copy of the weights and AdamW's state of all of them"
-
-    def added_parameters(self, inputs: int, outputs: int) -> int:
-        return 0
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.tuning import train_weights

@@ -56,9 +56,6 @@ class Lora(Trained):
                 fix="give a rank of 1 or more, alpha and temperature above 0, and dropout from 0 to below 1",
             )
 
-    def added_parameters(self, inputs: int, outputs: int) -> int:
-        return 0
-
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.factors import train_lora
 
