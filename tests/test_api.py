@@ -74,7 +74,7 @@ def test_a_mask_a_skipped_and_a_pruned_model_are_worth_the_same(loaded, plan, ch
 
 
 def test_saved_and_loaded_a_plan_computes_what_it_promised(checkpoint, plan, prose, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_compare", lambda *_, **__: 0.0)
+    monkeypatch.setattr(checkpoints, "reload_difference", lambda *_, **__: 0.0)
     loaded = bp.load(str(checkpoint), dtype="float32", device="cpu")
     with bp.skipped(loaded.model, plan.mask()), torch.no_grad():
         truth = loaded.model(torch.arange(3, 19)[None]).logits

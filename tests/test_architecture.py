@@ -136,9 +136,9 @@ WRITING_FUNCTIONS = {
 }
 WRITERS = {"artifacts.py", "journal.py"}
 ALLOWED_WRITES = {
+    ("agreement.py", "save_file"): "a scratch file for the process that reloads the checkpoint",
     ("checkpoint.py", "save_pretrained"): "into the folder that artifacts.new_folder made aside",
     ("checkpoint.py", "write_bytes"): "into the same folder",
-    ("checkpoint.py", "save_file"): "a scratch file for the process that reloads the checkpoint",
     ("exits.py", "os.open"): "the null device, for what a closed pipe does not take",
     ("ggufs.py", "save_pretrained"): "into the folder that artifacts.new_folder made aside",
     ("reloading.py", "save_file"): "a scratch file, the answer of that process",

@@ -61,7 +61,7 @@ MATRIX = [
 def unchecked():
     """Leaves out the reload in a process for each checkpoint; the tests load many of them in one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_compare", lambda *_args, **_options: 0.0)
+        patch.setattr(checkpoint, "reload_difference", lambda *_args, **_options: 0.0)
         yield
 
 
@@ -208,7 +208,7 @@ SLOW = pytest.mark.slow
     ],
 )
 def test_a_checkpoint_that_was_changed_before_the_check_is_not_kept(monkeypatch, tmp_path, removed, tamper, reason):
-    compare = checkpoint._compare
+    compare = checkpoint.reload_difference
 
     def tampered(folder, *args, **options):
         (file,) = folder.glob("*.safetensors")
@@ -217,7 +217,7 @@ def test_a_checkpoint_that_was_changed_before_the_check_is_not_kept(monkeypatch,
         save_file(tensors, file, metadata={"format": "pt"})
         return compare(folder, *args, **options)
 
-    monkeypatch.setattr(checkpoint, "_compare", tampered)
+    monkeypatch.setattr(checkpoint, "reload_difference", tampered)
     with pytest.raises(CheckFailedError, match=reason):
         save("llama", removed, tmp_path / "out", form="stand-ins" if removed == SCATTERED else "stock")
     assert not any(tmp_path.iterdir())
@@ -228,7 +228,7 @@ def test_an_interrupted_save_leaves_nothing(monkeypatch, tmp_path, error):
     def interrupted(*_args, **_options):
         raise error
 
-    monkeypatch.setattr(checkpoint, "_compare", interrupted)
+    monkeypatch.setattr(checkpoint, "reload_difference", interrupted)
     with pytest.raises(BaseException, match=r"cannot write|^$"):
         save("llama", SCATTERED, tmp_path / "out")
     assert not any(tmp_path.iterdir())
@@ -245,7 +245,7 @@ def wait(folder, *_, **__):
     print("written", flush=True)
     time.sleep(600)
 
-checkpoint._compare = wait
+checkpoint.reload_difference = wait
 mask = parse_mask("attention.0+mlp.2")
 checkpoint.save_pruned(FAMILIES["llama"](), None, anatomy_of("llama"), mask, Path(sys.argv[1]))
 """

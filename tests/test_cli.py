@@ -171,7 +171,7 @@ def test_prune_writes_a_checkpoint_with_its_plan_that_evaluate_sets_beside_the_m
 
 
 def test_prune_as_json_says_form_parameters_and_difference(run, checkpoint, plan_file, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_compare", lambda *_, **__: 0.25)
+    monkeypatch.setattr(checkpoints, "reload_difference", lambda *_, **__: 0.25)
     done = run("prune", checkpoint, "--plan", plan_file, "--out", "zeros", "--zeroed", "--json")
     value = json.loads(done.out)
     size = value.pop("weight_bytes")
@@ -188,7 +188,7 @@ def test_prune_as_json_says_form_parameters_and_difference(run, checkpoint, plan
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_prune_keeps_the_dtype_that_is_stored(run, subject, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(checkpoints, "_compare", lambda *_, **__: 0.0)
+    monkeypatch.setattr(checkpoints, "reload_difference", lambda *_, **__: 0.0)
     stored = load(str(subject.folder), dtype=dtype, device="cpu")
     stored.model.save_pretrained(tmp_path / "stored")
     write_json(tmp_path / "plan.json", {"format": "blockpruner.plan", "version": 1, "steps": [{"remove": ["mlp.1"]}]})

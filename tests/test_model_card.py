@@ -25,7 +25,7 @@ BY_HAND = Plan.of(bp.Move.of(Block.parse("mlp.1")), bp.Move.of(Block.parse("atte
 @pytest.fixture
 def unreloaded(monkeypatch):
     """Spares the fresh process."""
-    monkeypatch.setattr(checkpoints, "_compare", lambda *_, **__: 0.0)
+    monkeypatch.setattr(checkpoints, "reload_difference", lambda *_, **__: 0.0)
 
 
 def estimate(value):

@@ -46,7 +46,7 @@ LINEAR = "linear:rank=8"
 @pytest.fixture
 def unreloaded(monkeypatch):
     """Spares the fresh process, which one test and those of `checkpoint` wait for."""
-    monkeypatch.setattr(checkpoints, "_compare", lambda *_, **__: 0.0)
+    monkeypatch.setattr(checkpoints, "reload_difference", lambda *_, **__: 0.0)
 
 
 @pytest.fixture(scope="module")

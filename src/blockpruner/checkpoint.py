@@ -6,21 +6,17 @@ zeros, nothing is saved, every runtime computes the pruned model).
 """
 
 import logging
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner import reloading
+from blockpruner.agreement import reload_difference
 from blockpruner.artifacts import check_new_folder, new_folder
 from blockpruner.blocks import Block, Mask
 from blockpruner.errors import CheckFailedError, InputError
@@ -99,7 +95,8 @@ def save_pruned(
                 readme = {"README.md": card(tried, parameters, makers[0]).encode()} if card else {}
                 for name, data in {**(extra_files or {}), **readme}.items():
                     (folder / name).write_bytes(data)
-                difference = _compare(folder, makers[0], inputs, truth, model, remote=tried == "stand-ins")
+                remote = tried == "stand-ins"
+                difference = reload_difference(folder, makers[0], inputs, truth, model, remote=remote)
                 size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         except CheckFailedError as error:
             if number + 1 == len(forms):
@@ -171,31 +168,3 @@ def _write(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, folder: Path, f
 def _output(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return reloading.first_output(model(**inputs)).float().cpu()
-
-
-def _compare(
-    folder: Path, auto_class: str, inputs: dict[str, Tensor], truth: Tensor, model: PreTrainedModel, *, remote: bool
-) -> float:
-    """Largest difference between `truth` and the logits of the checkpoint in a fresh process."""
-    with tempfile.TemporaryDirectory() as scratch:
-        given, made = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in inputs.items()}, given)
-        command = [sys.executable, "-P", reloading.__file__, str(folder), auto_class, str(given), str(made)]
-        command += [str(model.device), *(["remote"] if remote else [])]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch, "modules"))}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise CheckFailedError(
-                f"the checkpoint does not load in a fresh process: {reason[0]}",
-                fix="nothing was kept; try --form stand-ins or --form zeroed, and report this message",
-            )
-        found = load_file(made)["logits"].float()
-    difference = float((found - truth).abs().max())
-    tolerance = (1e-4 if model.dtype.itemsize >= 4 else 2e-3) * max(1.0, float(truth.abs().max()))
-    if not difference <= tolerance:
-        raise CheckFailedError(
-            f"the reloaded checkpoint computes something else: logits differ by up to {difference:.3g}",
-            fix="nothing was kept; try --form stand-ins or --form zeroed, and report this message",
-        )
-    return difference

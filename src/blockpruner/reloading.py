@@ -1,10 +1,10 @@
 """Run as a script in a fresh process: load a checkpoint as its users will and write down the logits it gives.
 
-    python -P reloading.py CHECKPOINT AUTO_CLASS INPUTS.safetensors OUTPUTS.safetensors DEVICE [remote]
+    python -P reloading.py CHECKPOINT AUTO_CLASS INPUTS.safetensors OUTPUTS.safetensors DEVICE DTYPE [remote]
 
 It knows transformers only, never this package. With `remote` the file that ships beside the weights is run, as with
-`trust_remote_code=True`; without, no code of the checkpoint is. Exit 1 with the reason when tensors are missing,
-unexpected or of another shape.
+`trust_remote_code=True`; without, no code of the checkpoint is. DTYPE is `auto`, as it is stored, or `float32`. Exit 1
+with the reason when tensors are missing, unexpected or of another shape.
 """
 
 import sys
@@ -15,11 +15,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 
-def main(checkpoint: str, auto_class: str, inputs: str, outputs: str, device: str, remote: str = "") -> None:
+def main(
+    checkpoint: str, auto_class: str, inputs: str, outputs: str, device: str, dtype: str, remote: str = ""
+) -> None:
     given = load_file(inputs, device)
     model, info = getattr(transformers, auto_class).from_pretrained(
         checkpoint,
-        dtype="auto",
+        dtype=dtype,
         trust_remote_code=remote == "remote",
         local_files_only=True,
         output_loading_info=True,
