@@ -64,6 +64,8 @@ TRAINED = (
     "lora:tokens={tokens},patience=0,accumulate=4",
     "linear:rank=64,lora:tokens={tokens},patience=0,accumulate=4",
     "linear,lora:tokens={tokens},patience=0,accumulate=4",
+    "streamline:tokens={tokens},patience=0",
+    "linear:rank=64,streamline:tokens={tokens},patience=0",
     "linear:rank=64,distill:tokens={tokens},patience=0",
     "continued:tokens={tokens},patience=0",
 )

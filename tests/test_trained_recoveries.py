@@ -66,6 +66,7 @@ def bench_of(name, mask, count=8, **more) -> Bench:
         f"adapter:rank=0,loss=kl,init=zero,lr=0.01,temperature=2,{QUICK}",
         LORA,
         f"{LORA},loss=kl,targets=attention+down_proj",
+        f"streamline:lr=0.01,{QUICK}",
         f"distill:lr=0.003,hidden=0.1,{QUICK}",
         f"continued:lr=0.003,{QUICK}",
     ],

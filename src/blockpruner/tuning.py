@@ -1,4 +1,4 @@
-"""All weights of a pruned model trained; and what every training of a pruned model shares, from bench to record.
+"""Weights of a pruned model trained; and what every training of a pruned model shares, from bench to record.
 
 The dense model is only borrowed: what is trained are replacements, LoRA's factors, or new values for its parameters,
 which stand in their places only while the pruned model runs.
@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.blocks import format_mask
@@ -28,29 +28,55 @@ from blockpruner.training import train
 
 UNHELPED = "held-out text is better off as it was before the training"
 Told = dict[str, str | int | float]
+Measure = Callable[[Examples], float]
 
 
 def train_weights(
     bench: Bench, options: Trained, loss: Literal["lm", "kl"], temperature: float = 1.0, hidden: float = 0.0
 ) -> tuple[Repair, tuple[GapRecord, ...]]:
     """New values for all parameters that are left, replacements too; see `distill` and `continued`."""
-    model, start = bench.model, bench.start
-    check_predicts(model, bench.examples)
-    maps = {path: live(module, options) for path, module in start.replacements.items()}
-    with stood_in(model, bench.anatomy.stand_ins(bench.mask)):
-        left = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    values = {name: start.weights.get(name, p.data).detach().clone() for name, p in left.items()}
-    pupil = Pupil(model, bench.anatomy, bench.mask, replace(start, replacements=maps, weights=values))
-    numbers = {name: Number(p, values[name]) for name, p in left.items()}
-    numbers |= {f"{at}.{name}": Number(p, p.data) for at, m in maps.items() for name, p in m.named_parameters()}
-    trace = trained(bench, options, pupil, numbers, Predictions(pupil, loss, temperature, hidden))
-    record = record_of(
-        bench, f"all {len(numbers)} parameters", {"loss": loss, **told(options, trace, bench.force)}, trace
+    check_predicts(bench.model, bench.examples)
+    maps = {path: live(module, options) for path, module in bench.start.replacements.items()}
+    left = left_of(bench)
+    made, trace = tuned(
+        bench, options, left, lambda pupil: (Predictions(pupil, loss, temperature, hidden), None), maps=maps
     )
+    numbers = len(left) + sum(len(list(module.parameters())) for module in maps.values())
+    record = record_of(bench, f"all {numbers} parameters", {"loss": loss, **told(options, trace, bench.force)}, trace)
+    return made, (record,)
+
+
+def left_of(bench: Bench) -> dict[str, nn.Parameter]:
+    """The parameters of the model that its pruned self has too, by name."""
+    with stood_in(bench.model, bench.anatomy.stand_ins(bench.mask)):
+        return {name: p for name, p in bench.model.named_parameters() if p.is_floating_point()}
+
+
+def tuned(
+    bench: Bench,
+    options: Trained,
+    parameters: Mapping[str, nn.Parameter],
+    lesson: Callable[[Pupil], tuple[Lesson, Measure | None]],
+    *,
+    maps: Mapping[str, Replacement] | None = None,
+) -> tuple[Repair, Trace]:
+    """The repair with new values of these parameters, and with these maps of its gaps trained as well.
+
+    The dense model keeps its own; the new values are a second copy of these. lesson: for the pruned model with them;
+    with what is measured of text on which nothing is predicted, see `trained`.
+    """
+    model, start, maps = bench.model, bench.start, maps or {}
+    values = {name: start.weights.get(name, p.data).detach().clone() for name, p in parameters.items()}
+    weights = {**start.weights, **values}
+    filled = {**start.replacements, **maps}
+    pupil = Pupil(model, bench.anatomy, bench.mask, replace(start, replacements=filled, weights=weights))
+    numbers = {name: Number(p, values[name]) for name, p in parameters.items()}
+    numbers |= {f"{at}.{name}": Number(p, p.data) for at, m in maps.items() for name, p in m.named_parameters()}
+    trace = trained(bench, options, pupil, numbers, *lesson(pupil))
     if not trace.best(bench.force):
-        return start, (record,)
+        return start, trace
     made = {path: still(module, model) for path, module in maps.items()}
-    return replace(start, replacements=made, weights={**start.weights, **values}), (record,)
+    return replace(start, replacements={**start.replacements, **made}, weights=weights), trace
 
 
 def trained(
@@ -59,7 +85,7 @@ def trained(
     pupil: Pupil,
     numbers: Mapping[str, Number],
     lesson: Lesson,
-    own: Callable[[Examples], float] | None = None,
+    own: Measure | None = None,
 ) -> Trace:
     """Train on the bench's examples; judged by the loss of predictions, by its `own` where there are none.
 

@@ -12,6 +12,7 @@ from blockpruner.recoveries.linear import Linear
 from blockpruner.recoveries.lora import Lora
 from blockpruner.recoveries.replaceme import ReplaceMe
 from blockpruner.recoveries.span import Span
+from blockpruner.recoveries.streamline import Streamline
 from blockpruner.recovery import Recovery, Trained
 from blockpruner.registry import format_method, parse_method
 
@@ -21,6 +22,7 @@ RECOVERIES: dict[str, type[Recovery]] = {
     "replaceme": ReplaceMe,
     "span": Span,
     "adapter": Adapter,
+    "streamline": Streamline,
     "lora": Lora,
     "distill": Distill,
     "continued": Continued,
