@@ -23,7 +23,8 @@ from blockpruner.console import Progress
 from blockpruner.models import load
 from blockpruner.objective import ModelObjective
 from blockpruner.plan import Plan
-from blockpruner.planning import Task, find_plan, prepare, quote
+from blockpruner.planning import Task, find_plan, prepare
+from blockpruner.price import quote
 from blockpruner.searching import DENSE
 from blockpruner.subject import Subject, open_subject
 

@@ -116,9 +116,11 @@ def test_search_prints_the_plan_says_the_price_and_the_next_command(search, chec
     assert "attention.2" in done.out
     assert "next best behind by" in done.out
     said = done.err.splitlines()
+    assert said[-3].startswith("spent: ")
+    assert "1.00 of the head-tokens that were said; " in said[-3]
     assert said[-2] == "plan: found/plan.json (the target is reached)"
     assert said[-1] == f"next: blockpruner prune {checkpoint} --plan found/plan.json --out found/model"
-    assert {path.name for path in Path("found").iterdir()} == {".lock", "journal.jsonl", "plan.json"}
+    assert {path.name for path in Path("found").iterdir()} == {".lock", "journal.jsonl", "plan.json", "price.json"}
 
 
 def test_search_as_json_is_the_plan_and_nothing_else(search, opened):
@@ -136,8 +138,9 @@ def test_a_dry_run_says_the_price_and_writes_nothing(search, opened, flags):
         price = json.loads(done.out)
         assert price.pop("seconds") >= 0
         assert price["evaluations"] == 16
-        assert price["head_tokens"] == 16 * 6 * 15
-        assert price.keys() == {"evaluations", "attention_tokens", "mlp_tokens", "head_tokens", "passes"}
+        assert price["work"]["head_tokens"] == 16 * 6 * 15
+        assert price["traffic"]["spilled"] == 0
+        assert price["memory"] > 0
         assert price["passes"] == 0, "greedy ranks nothing"
     else:
         assert done.out == ""

@@ -18,8 +18,9 @@ from blockpruner.artifacts import Work
 from blockpruner.blocks import parse_mask
 from blockpruner.errors import InputError
 from blockpruner.examples import IGNORED, Signs, examples_of
+from blockpruner.limits import usual_window
 from blockpruner.masktree import MaskTree
-from blockpruner.objective import ModelObjective, usual_window
+from blockpruner.objective import ModelObjective
 from blockpruner.objectives.embedding import Embedding
 from blockpruner.objectives.jensen_shannon import JensenShannon
 from blockpruner.objectives.kl import KL

@@ -15,7 +15,8 @@ from blockpruner.errors import InputError, RunFolderError
 from blockpruner.evaluation.quality import load_text
 from blockpruner.models import load
 from blockpruner.plan import Plan
-from blockpruner.planning import find_plan, prepare, quote
+from blockpruner.planning import find_plan, prepare
+from blockpruner.price import quote
 from blockpruner.searching import Stop
 from blockpruner.subject import open_subject, subject_of
 

@@ -19,7 +19,8 @@ from blockpruner.models import load
 from blockpruner.objective import ModelObjective
 from blockpruner.objectives.kl import KL
 from blockpruner.plan import Plan
-from blockpruner.planning import find_plan, prepare, quote
+from blockpruner.planning import find_plan, prepare
+from blockpruner.price import quote
 from blockpruner.recoveries import parse_recovery
 from blockpruner.recovery import Bench
 from blockpruner.replaceable import Replacing

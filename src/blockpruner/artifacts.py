@@ -243,6 +243,24 @@ class Estimate(Record):
         return cls(value=value, stderr=math.sqrt(spread / n) / (total / n), n=n, unit=unit)
 
 
+class Traffic(Record):
+    """Bytes that a search moves and holds, beside what its layers make for themselves.
+
+    read: of layers' weights, from files, whatever the system keeps of them; spilled: of states, written to disk;
+    held: of states in memory, at most at a time.
+    """
+
+    read: int = 0
+    spilled: int = 0
+    held: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        """Of one after the other."""
+        return Traffic(
+            read=self.read + other.read, spilled=self.spilled + other.spilled, held=max(self.held, other.held)
+        )
+
+
 class Work(Record):
     """Work in tokens: one mixing block (attention, cross-attention, mixer), mlp or loss applied to one token."""
 

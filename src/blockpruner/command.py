@@ -17,7 +17,8 @@ from blockpruner.options import Loading
 
 if TYPE_CHECKING:
     from blockpruner.hands import Crew
-    from blockpruner.planning import Price, Task
+    from blockpruner.planning import Task
+    from blockpruner.price import Price, Receipt
     from blockpruner.subject import Subject
 
 DEFAULT_MEMORY = "1GiB"  # of states, for --stream without --memory
@@ -88,8 +89,29 @@ def say_price(price: "Price", task: "Task") -> None:
     say(
         f"price: {price.evaluations} evaluations of {data.windows} windows x {data.window} tokens; about "
         f"{price.work.attention_tokens:,} attention-, {price.work.mlp_tokens:,} mlp- and "
-        f"{price.work.head_tokens:,} head-tokens{ranked}; {duration(price.seconds)} on this machine"
+        f"{price.work.head_tokens:,} head-tokens{ranked}; {_bytes_of(price)}{duration(price.seconds)} on this machine"
     )
+
+
+def say_spent(receipt: "Receipt") -> None:
+    """What a search took, beside its price."""
+    said, spent = receipt.said, receipt.spent
+    kinds = {name.replace("_tokens", "-"): value for name, value in spent.work.model_dump().items()}
+    shares = [
+        f"{value / before:.2f} of the {kind}tokens"
+        for (kind, value), before in zip(kinds.items(), said.work.model_dump().values(), strict=True)
+        if before
+    ]
+    rest = " in this session" if receipt.resumed else ""
+    say(f"spent: {', '.join(shares)} that were said; {_bytes_of(spent)}{duration(spent.seconds)}{rest}")
+
+
+def _bytes_of(price: "Price") -> str:
+    """What is read, spilled and held, as far as it is anything, and known."""
+    from blockpruner.costs import readable_bytes
+
+    sizes = {"read": price.traffic.read, "spilled": price.traffic.spilled, "of memory": price.memory}
+    return "".join(f"{readable_bytes(size)} {what}; " for what, size in sizes.items() if size)
 
 
 def stream_memory(stream: bool, memory: str | None, workers: int = 0) -> int | None:

@@ -12,9 +12,10 @@ from blockpruner.errors import InputError
 from blockpruner.examples import Examples, Signs, examples_of, question
 from blockpruner.gaps import Filling
 from blockpruner.items import item_examples, read_items
+from blockpruner.limits import context, usual_window
 from blockpruner.measuring import Measure
 from blockpruner.models import computation
-from blockpruner.objective import ModelObjective, context, usual_window
+from blockpruner.objective import ModelObjective
 from blockpruner.objectives import OBJECTIVES
 from blockpruner.registry import format_method
 from blockpruner.subject import Subject

@@ -14,7 +14,8 @@ from blockpruner.driver import run
 from blockpruner.errors import CheckFailedError
 from blockpruner.evaluation.quality import Evaluation, evaluate_masks
 from blockpruner.models import load
-from blockpruner.planning import Task, find_plan, prepare, quote
+from blockpruner.planning import Task, find_plan, prepare
+from blockpruner.price import quote
 from blockpruner.rehearsal import Rehearsal
 from blockpruner.searches.random import Random
 from blockpruner.searching import Stop

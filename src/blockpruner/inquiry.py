@@ -18,8 +18,9 @@ from blockpruner.evaluations import Evaluations, Notes
 from blockpruner.evidence import known_scores, seen_losses
 from blockpruner.examples import question
 from blockpruner.journal import Journal
+from blockpruner.limits import usual_window
 from blockpruner.moves import offered, parse_protected
-from blockpruner.objective import ModelObjective, usual_window
+from blockpruner.objective import ModelObjective
 from blockpruner.objectives.embedding import Embedding
 from blockpruner.objectives.loss import Loss
 from blockpruner.plan import Plan

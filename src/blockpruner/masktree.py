@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.artifacts import Work
+from blockpruner.artifacts import Traffic, Work
 from blockpruner.blocks import Mask
 from blockpruner.gaps import Filling, attach
 from blockpruner.lending import at_hand
@@ -68,6 +68,46 @@ def sweep_work(layers: Sequence[Layer], masks: Sequence[Mask], tokens: int) -> W
         for branching in branchings:
             counts.update(p.block.kind == "mlp" for p in layer.parts if p.block not in branching.removed)
     return Work(attention_tokens=counts[False] * tokens, mlp_tokens=counts[True] * tokens)
+
+
+def sweep_traffic(
+    layers: Sequence[Layer], asked: Mapping[int, tuple[Sequence[Mask], int]], memory: int | None
+) -> Traffic:
+    """What `MaskTree.walk` holds and spills, counted without running it.
+
+    asked: per micro-batch the masks, and the bytes of a state; memory: of the `Spill` that it is given.
+    """
+    states = _Ledger(memory)
+    plans = {tuple(masks): sweep_plan(layers, masks) for masks, _ in asked.values()}
+    for number in range(len(layers)):
+        for batch, (masks, size) in asked.items():
+            if number == 0:
+                states.put((batch, 0, frozenset()), size)
+            branchings = plans[tuple(masks)][number]
+            for parent, children in itertools.groupby(branchings, key=lambda branching: branching.parent):
+                states.pop((batch, number, parent))
+                for each in children:
+                    states.put((batch, number + 1, each.child), size)
+    return Traffic(spilled=states.spilled, held=states.most)
+
+
+class _Ledger:
+    """What a `Spill` would hold and write, without any tensor."""
+
+    def __init__(self, memory: int | None) -> None:
+        self.memory, self.used, self.most, self.spilled = memory, 0, 0, 0
+        self._held: dict[Node, int] = {}
+
+    def put(self, node: Node, size: int) -> None:
+        if self.memory is None or self.used + size <= self.memory:
+            self._held[node] = size
+            self.used += size
+            self.most = max(self.most, self.used)
+        else:
+            self.spilled += size
+
+    def pop(self, node: Node) -> None:
+        self.used -= self._held.pop(node, 0)
 
 
 class _Stop(Exception):

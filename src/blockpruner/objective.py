@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.artifacts import Work
+from blockpruner.artifacts import Traffic, Work
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError, is_out_of_memory
 from blockpruner.examples import IGNORED, Examples
 from blockpruner.gaps import Filling, filled, repaired
 from blockpruner.head import Head, proved_head
-from blockpruner.masktree import Inputs, MaskTree, Node, output_of, sweep_work
+from blockpruner.lending import lends
+from blockpruner.limits import check_fits
+from blockpruner.masktree import Inputs, MaskTree, Node, output_of, sweep_traffic, sweep_work
 from blockpruner.measuring import Measure
 from blockpruner.objectives.loss import Loss
 from blockpruner.parts import Anatomy, Stack
@@ -65,7 +67,7 @@ class ModelObjective(BatchByBatch):
         memory: int | None = None,
         filling: Filling | None = None,
     ) -> None:
-        _check_fits(model, examples, measure)
+        check_fits(model, examples, measure)
         self.model, self.anatomy, self.examples, self.measure = model, anatomy, examples, measure
         self.unit = measure.unit
         self.batch_tokens, self.memory, self.filling = batch_tokens, memory, filling
@@ -78,6 +80,8 @@ class ModelObjective(BatchByBatch):
         self._planned: tuple[Sequence[Sequence[Mask]], list[Work]] = ((), [])
         self._extra: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
         self._head: Head | None = None  # where losses come from states, without logits
+        self._state_bytes = 0  # of one token, where there is a tree
+        self.moved = Traffic()  # by now
         self.fallback = self._probe()
         if self.fallback:
             _log.warning("plain forward passes instead of the mask tree: %s", self.fallback)
@@ -128,6 +132,49 @@ class ModelObjective(BatchByBatch):
             self._planned = (groups, found)
         return self._planned[1]
 
+    def traffic(self, asked: Mapping[int, Sequence[Mask]]) -> Traffic:
+        """What one request of `losses` moves and holds, counted: `moved` will have grown by it.
+
+        A streamed model's layers are read once for a request, or for each row of each mask without the tree.
+        """
+        read = self._layer_bytes if self.memory is not None else 0
+        if self.fallback:
+            passes = sum((len(masks) + self.measure.compares) * len(self._parts[b]) for b, masks in asked.items())
+            return Traffic(read=read * passes)
+        first, (stack,) = [DENSE] if self.measure.compares else [], self.anatomy.stacks
+        sized = {
+            b: ([*first, *masks], self._state_bytes * _tokens(stack, self._parts[b].inputs))
+            for b, masks in asked.items()
+        }
+        if self.memory is None:  # one micro-batch after the other
+            most = {tuple(masks): (masks, 0) for masks, _ in sized.values()}
+            for masks, size in sized.values():
+                most[tuple(masks)] = (masks, max(size, most[tuple(masks)][1]))
+            return sum((sweep_traffic(stack.layers, {0: each}, None) for each in most.values()), Traffic())
+        return Traffic(read=read) + sweep_traffic(stack.layers, sized, self.memory)
+
+    def held_bytes(self, traffic: Traffic) -> int:
+        """The memory that a search takes: weights, states and logits; what a layer makes for itself is not in it."""
+        positions = 0 if self._head or self.measure.of == "states" else HEAD_POSITIONS
+        return (
+            self.weight_bytes + traffic.held + positions * vocabulary_size(self.model) * (4 + self.model.dtype.itemsize)
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights in memory: where they are streamed, of what is in no layer, and of one that is lent."""
+        whole = sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers()))
+        if self.memory is None:
+            return whole
+        layers = sum(len(stack.layers) for stack in self.anatomy.stacks)
+        return whole - self._layer_bytes + (self._layer_bytes // layers if lends(self.model) else 0)
+
+    @cached_property
+    def _layer_bytes(self) -> int:
+        """Of the weights of all layers, as they are in files where they are streamed."""
+        layers = [self.model.get_submodule(layer.path) for stack in self.anatomy.stacks for layer in stack.layers]
+        return sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+
     def seconds(self, work: Work) -> float:
         """How long `work` takes here, from one timed pass of the whole model over one micro-batch."""
         body, head = self._rates
@@ -161,6 +208,8 @@ class ModelObjective(BatchByBatch):
         step = HEADS if compares else 1
         with Spill[Node](self.memory) as states:
             take = self._tree.walk(wanted, states)
+            read = self._layer_bytes if self.memory is not None else 0
+            self.moved += Traffic(read=read, spilled=states.spilled, held=states.most)
             for batch, masks in asked.items():
                 whole = take(batch, DENSE) if compares else None
                 for start in range(0, len(masks), step):
@@ -198,6 +247,7 @@ class ModelObjective(BatchByBatch):
             yield torch.cat([sums for sums, _ in rows]), [count for _, counts in rows for count in counts]
 
     def _pass(self, mask: Mask, part: Examples) -> Tensor:
+        self.moved += Traffic(read=self._layer_bytes if self.memory is not None else 0)
         with self._without(mask):
             return output_of(self.model(**part.inputs, **self._extra))[:, _positions(part)]
 
@@ -242,6 +292,7 @@ class ModelObjective(BatchByBatch):
                 gap = float((found - expected).abs().max() / expected.abs().max())
                 if not gap <= (1e-5 if exact else 1e-2):
                     return f"without {next(iter(mask), 'nothing')} {what} by {gap:.2g} of its size"
+            self._state_bytes = state.shape[-1] * state.itemsize
             if mask == DENSE and self.measure.of == "losses":
                 asked = row.targets[:, positions].clamp(min=0)
                 self._head = proved_head(
@@ -300,48 +351,6 @@ class _Sums:
 def _marked(values: Tensor, asked: Tensor) -> Tensor:
     """The rows [n, ...] of `values` at the places in `asked`; all of them without a copy, for logits are large."""
     return values.flatten(0, 1) if bool(asked.all()) else values[asked]
-
-
-def context(model: PreTrainedModel) -> int | None:
-    """The longest window the model can read, where its configuration or its table of positions says it.
-
-    Where the table has a row for padding (RoBERTa), positions begin behind that row.
-    """
-    said = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tables = [
-        table.num_embeddings - table.padding_idx - 1
-        for name, table in model.named_modules()
-        if name.endswith("position_embeddings")
-        and isinstance(table, torch.nn.Embedding)
-        and table.padding_idx is not None
-    ]
-    return min([*tables, *([said] if said else [])], default=None)
-
-
-def usual_window(model: PreTrainedModel) -> int:
-    """The window to take when none is asked for: 2048 tokens, or what the model was made for if that is shorter."""
-    return min(2048, context(model) or getattr(model.config.get_text_config(), "n_positions", None) or 2048)
-
-
-def _check_fits(model: PreTrainedModel, examples: Examples, measure: Measure) -> None:
-    """InputError if the model lacks what is measured, or does not know tokens or lengths of the examples."""
-    if (measure.of == "states") != (examples.question == "states"):
-        has = "has no head that predicts tokens" if examples.question == "states" else "has a head that predicts tokens"
-        other = "embedding" if examples.question == "states" else "loss or kl"
-        raise InputError(f"{type(model).__name__} {has}, so {measure.title!r} is not for it", fix=f"use {other}")
-    rows = vocabulary_size(model)
-    longest = context(model)
-    for name, ids in examples.inputs.items():
-        if name.endswith("input_ids") and int(ids.max()) >= rows:
-            raise InputError(
-                f"the text has token {int(ids.max())}, and the model's vocabulary ends at {rows - 1}",
-                fix="use the tokenizer that belongs to the model",
-            )
-        if longest is not None and ids.shape[1] > longest:
-            raise InputError(
-                f"windows of {ids.shape[1]} tokens are longer than the model's context of {longest}",
-                fix=f"choose --window {longest} or less",
-            )
 
 
 def _positions(part: Examples) -> Tensor:

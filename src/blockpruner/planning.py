@@ -1,4 +1,4 @@
-"""From words to a plan: a search that is ready to run, its price, and what it finds."""
+"""From words to a plan: a search that is ready to run, and what it finds."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Unpack
 
 from blockpruner import driver
-from blockpruner.artifacts import Estimate, Work, run_folder
+from blockpruner.artifacts import Estimate, Traffic, run_folder
 from blockpruner.blocks import Mask, Move
 from blockpruner.calibration import TextOptions
 from blockpruner.costs import parse_card
@@ -31,7 +31,7 @@ from blockpruner.rehearsal import Rehearsal
 from blockpruner.replaceable import Replacing
 from blockpruner.scores import Recorded
 from blockpruner.searches import SEARCHES, parse_search
-from blockpruner.searching import DENSE, Problem, Progress, Scorer, Scores, Search, SearchResult, Stop
+from blockpruner.searching import Problem, Progress, Scorer, Scores, Search, SearchResult, Stop
 from blockpruner.subject import Subject
 from blockpruner.targets import Goals, parse_target
 from blockpruner.workers import spread
@@ -67,9 +67,9 @@ class Task:
         return make
 
     @cached_property
-    def rehearsed(self) -> tuple[SearchResult, float]:
-        """The search on an objective that costs nothing, and the passes that its criterion would take."""
-        passes: list[float] = []
+    def rehearsed(self) -> "Rehearsed":
+        """The search on an objective that costs nothing."""
+        passes, moved = list[float](), list[Traffic]()
 
         def scorer(evaluations: Evaluations) -> Scorer:
             def free(mask: Mask, moves: Sequence[Move]) -> Scores:
@@ -82,7 +82,19 @@ class Task:
         target = self.problem.target  # made-up losses say nothing of when too much is lost
         target = replace(target, rise=None) if isinstance(target, Goals) else target
         problem = replace(self.problem, target=target)
-        return driver.run(self.search, problem, Rehearsal(self.objective), scorer=scorer), sum(passes)
+        free = Rehearsal(self.objective, told=lambda asked: moved.append(self.objective.traffic(asked)))
+        result = driver.run(self.search, problem, free, scorer=scorer)
+        return Rehearsed(result, sum(passes), sum(moved, Traffic()))
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A search that was only counted. passes: over all data, that its criterion would take beside evaluations; moved:
+    what these would."""
+
+    result: SearchResult
+    passes: float
+    moved: Traffic
 
 
 def prepare(
@@ -148,29 +160,6 @@ def _criterion(text: str, subject: Subject, seed: int) -> Criterion:
     return parse_criterion(text, seed=seed)
 
 
-@dataclass(frozen=True)
-class Price:
-    """What a search will cost. evaluations: masks; work: counted tokens, of those; passes: forward passes over all data
-    that its criterion, and the fits of a recovery inside it, take beside them; seconds: from one timed pass here.
-
-    All are those of a rehearsal; the true counts differ a little, those of races by some more.
-    """
-
-    evaluations: int
-    work: Work
-    passes: float
-    seconds: float
-
-
-def quote(task: Task) -> Price:
-    """The price of a search, said before it starts. Cost: one timed pass over one micro-batch."""
-    result, passes = task.rehearsed
-    passes += 0 if task.replacing is None else task.replacing.passes(task.problem.moves(DENSE))
-    once = sum((task.objective.work([DENSE], batch) for batch in range(task.objective.batches)), Work())
-    seconds = task.objective.seconds(result.work) + passes * task.objective.seconds(once)
-    return Price(result.evaluations, result.work, passes, seconds)
-
-
 def find_plan(
     task: Task,
     run: Path | None = None,
@@ -204,7 +193,7 @@ def find_plan(
             journal=journal,
             progress=progress,
             budget=budget,
-            looks=task.rehearsed[0].looks if progress else None,
+            looks=task.rehearsed.result.looks if progress else None,
             scorer=task.scorer(Notes(journal), progress),
         )
         plan = Plan.from_search(

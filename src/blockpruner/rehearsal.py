@@ -1,6 +1,6 @@
 """An objective that costs nothing: what a search would have cost is counted, and what it finds is made up."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -36,11 +36,12 @@ class Rehearsal:
 
     Losses are such that races take about as many looks as real ones do: a sum over the blocks that are gone, each with
     an effect of its own and noise on every piece, which is partly new at each step. Requests for all data at once,
-    after which nothing is open, are answered with zeros, so that long ones are cheap.
+    after which nothing is open, are answered with zeros, so that long ones are cheap. told: of each request.
     """
 
     objective: Counted
     unit: str = "nothing"
+    told: Callable[[Mapping[int, Sequence[Mask]]], None] = lambda _: None
 
     @property
     def batches(self) -> int:
@@ -52,6 +53,7 @@ class Rehearsal:
 
     def losses(self, asked: Mapping[int, Sequence[Mask]]) -> Iterator[Found]:
         whole = len(asked) == self.batches
+        self.told(asked)
         for batch, masks in asked.items():
             size = self.objective.sizes[batch]
             for mask in masks:

@@ -31,12 +31,13 @@ class Spill(Generic[K]):
 
     Whoever walks over many in the same order again and again is served best when what came first stays, so nothing
     that is in memory is ever moved out. The file is in `folder`, or where temporary files go; it has no name, so the
-    system removes it when this process ends, however it ends. spilled: bytes written so far. MachineError where the
-    disk is full. Tensors come back with the same bits. Used as a context, which ends with everything let go.
+    system removes it when this process ends, however it ends. spilled: bytes written so far; most: bytes held in memory
+    at most. MachineError where the disk is full. Tensors come back with the same bits. Used as a context, which ends
+    with everything let go.
     """
 
     def __init__(self, memory: int | None = None, folder: Path | None = None) -> None:
-        self.memory, self.spilled = memory, 0
+        self.memory, self.spilled, self.most = memory, 0, 0
         self._folder = folder
         self._held: dict[K, Tensor] = {}
         self._used = 0
@@ -61,6 +62,7 @@ class Spill(Generic[K]):
         if self.memory is None or self._used + tensor.nbytes <= self.memory:
             self._held[key] = tensor
             self._used += tensor.nbytes
+            self.most = max(self.most, self._used)
         else:
             self._write(key, tensor)
 

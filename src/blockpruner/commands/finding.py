@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from blockpruner.command import crew_of, opened, print_json, say_price, stream_memory, verb
+from blockpruner.command import crew_of, opened, print_json, say_price, say_spent, stream_memory, verb
 from blockpruner.console import Progress, duration, say
 from blockpruner.options import (
     LOADING,
@@ -135,7 +135,8 @@ def search(
 ) -> None:
     """Find which blocks to remove. Writes plan.json into the run folder; killed, the same command goes on."""
     from blockpruner.plan import Plan
-    from blockpruner.planning import find_plan, prepare, quote
+    from blockpruner.planning import prepare
+    from blockpruner.price import quote, search_for
     from blockpruner.recoveries import parse_recovery
     from blockpruner.searching import Stop
     from blockpruner.tables import print_plan
@@ -164,10 +165,10 @@ def search(
     say_price(price, task)
     if dry_run:
         if as_json:
-            figures = {"evaluations": price.evaluations, **price.work.model_dump(), "passes": price.passes}
-            print_json({**figures, "seconds": round(price.seconds, 1)})
+            print_json(price.model_dump(mode="json"))
         return
-    plan = find_plan(task, run, Progress(), budget, crew)
+    plan, receipt = search_for(task, price, run, Progress(), budget, crew)
+    say_spent(receipt)
     say(f"plan: {run / 'plan.json'} ({plan.stop_reason})")
     if as_json:
         print_json(plan.model_dump(mode="json"))

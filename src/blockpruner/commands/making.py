@@ -188,7 +188,7 @@ def run_recipe(
 ) -> None:
     """Do what a paper did, on any model. Search, save the smaller model, measure it beside random removals."""
     from blockpruner import pipeline
-    from blockpruner.planning import quote
+    from blockpruner.price import quote
     from blockpruner.recipe import Recipe
     from blockpruner.tables import print_outcome
 

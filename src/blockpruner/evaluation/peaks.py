@@ -23,8 +23,11 @@ class Taken:
 
 
 @contextlib.contextmanager
-def peak_memory(device: torch.device) -> Iterator[Taken]:
-    """While the block runs, watch memory: of the device on CUDA, else anonymous memory of the process (Linux)."""
+def peak_memory(device: torch.device, every: float = SAMPLED_EVERY) -> Iterator[Taken]:
+    """While the block runs, watch memory: of the device on CUDA, else anonymous memory of the process (Linux).
+
+    every: seconds between two looks at the latter.
+    """
     taken = Taken()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -36,7 +39,7 @@ def peak_memory(device: torch.device) -> Iterator[Taken]:
         before, stop, most = _anonymous(), threading.Event(), [0]
 
         def watch() -> None:
-            while not stop.wait(SAMPLED_EVERY):
+            while not stop.wait(every):
                 most[0] = max(most[0], _anonymous())
 
         thread = threading.Thread(target=watch, daemon=True)

@@ -14,8 +14,9 @@ from blockpruner.errors import CheckFailedError, InputError
 from blockpruner.evaluation.protocols import Mean, perplexity
 from blockpruner.evaluations import Evaluations
 from blockpruner.examples import examples_of, question
+from blockpruner.limits import usual_window
 from blockpruner.models import computation
-from blockpruner.objective import ModelObjective, usual_window
+from blockpruner.objective import ModelObjective
 from blockpruner.objectives.loss import Loss
 from blockpruner.parts import Anatomy
 from blockpruner.searching import Progress

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from blockpruner.artifacts import Record
 from blockpruner.errors import InputError
 from blockpruner.evaluation.memory import last_logits, random_inputs
-from blockpruner.objective import context
+from blockpruner.limits import context
 from blockpruner.registry import parse_method
 
 CONFIDENCE = 0.95

@@ -1,0 +1,91 @@
+"""What a search will cost, said before it starts, and what it did cost beside that."""
+
+import time
+from pathlib import Path
+from typing import ClassVar
+
+from blockpruner.artifacts import Artifact, Record, Traffic, Work
+from blockpruner.evaluation.peaks import peak_memory
+from blockpruner.hands import Crew
+from blockpruner.plan import Plan
+from blockpruner.planning import Task, find_plan
+from blockpruner.searching import DENSE, Progress
+
+SAMPLED_EVERY = 0.05  # seconds, of the memory of a search
+
+
+class Price(Record):
+    """What a search costs.
+
+    evaluations: masks; work: counted tokens of those; passes: forward passes over all data that its criterion, and the
+    fits of a recovery inside it, take beside them; traffic: bytes of weights and states (of the criterion's passes they
+    are not counted); memory: bytes, of weights, states and logits; seconds: on this machine. None: not known.
+
+    Before a search all are those of a rehearsal, and seconds go by one timed pass. True counts differ a little, those
+    of races by some more, and true memory has what a layer makes for itself.
+    """
+
+    evaluations: int
+    work: Work
+    passes: float | None
+    traffic: Traffic
+    memory: int | None
+    seconds: float
+
+
+class Receipt(Artifact):
+    """What was said of a search, and what it took: price.json in its run folder.
+
+    resumed: part of it was paid in an earlier session, so that traffic and seconds are of the rest alone.
+    """
+
+    FORMAT: ClassVar[str] = "blockpruner.price"
+    VERSION: ClassVar[int] = 1
+
+    said: Price
+    spent: Price
+    resumed: bool
+
+
+def quote(task: Task) -> Price:
+    """The price of a search, said before it starts. Cost: one timed pass over one micro-batch."""
+    found, objective = task.rehearsed, task.objective
+    passes = found.passes + (0 if task.replacing is None else task.replacing.passes(task.problem.moves(DENSE)))
+    once = sum((objective.work([DENSE], batch) for batch in range(objective.batches)), Work())
+    return Price(
+        evaluations=found.result.evaluations,
+        work=found.result.work,
+        passes=passes,
+        traffic=found.moved,
+        memory=objective.held_bytes(found.moved),
+        seconds=objective.seconds(found.result.work) + passes * objective.seconds(once),
+    )
+
+
+def search_for(
+    task: Task,
+    said: Price,
+    run: Path,
+    progress: Progress | None = None,
+    budget: int | None = None,
+    crew: Crew | None = None,
+) -> tuple[Plan, Receipt]:
+    """The plan of `find_plan`, and what it took, beside what was `said`; price.json in the run folder holds both.
+
+    Memory is that of this process; what workers hold, move and count is theirs.
+    """
+    objective, resumed, start = task.objective, (run / "journal.jsonl").exists(), time.perf_counter()
+    objective.moved = Traffic()
+    with peak_memory(objective.model.device, every=SAMPLED_EVERY) as taken:
+        plan = find_plan(task, run, progress, budget, crew)
+    spent = Price(
+        evaluations=plan.evaluations or 0,
+        work=plan.work or Work(),
+        passes=said.passes if said.passes == 0 else None,
+        traffic=objective.moved,
+        memory=None if taken.peak is None else objective.weight_bytes + taken.peak,
+        seconds=time.perf_counter() - start,
+    )
+    receipt = Receipt(format=Receipt.FORMAT, version=Receipt.VERSION, said=said, spent=spent, resumed=resumed)
+    receipt.save(run / "price.json")
+    return plan, receipt
