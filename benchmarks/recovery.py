@@ -16,8 +16,8 @@ is never the smaller one, and by less than one block the larger.
 fitted to it too, so that recovery inside the search stands beside recovery after it; blocks differ in size, so compare
 rows by their parameters.
 
-A row is a plan, a method, a number of removals and a text. Rows are written as they come, and the same command goes on
-after an interruption; a method that fails is a row that says why.
+A row is a plan, a method, what it was fitted on, a number of removals and a text. Rows are written as they come, and
+the same command goes on after an interruption; a method that fails is a row that says why.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from blockpruner.objectives.loss import Loss
 from blockpruner.plan import Plan
 from blockpruner.recoveries import parse_chain
 from blockpruner.recovering import loss, recover
+from blockpruner.recovery import Trained
 from blockpruner.subject import Subject, open_subject
 
 SIZES = (6, 9, 12)
@@ -58,8 +59,11 @@ CLOSED = (
     "span",
     "span:rank=64",
 )
-# {tokens}: those of --trained, which all of them see, in steps of 16 windows; maps in chains are fitted on them too.
+# {tokens}: those of --trained, which all of them see, in steps of 16 windows; maps, in chains or alone, are fitted on
+# them too, so that what comes of training is apart from what comes of more text.
 TRAINED = (
+    "linear:rank=64",
+    "linear",
     "adapter:rank=64,tokens={tokens},patience=0",
     "lora:tokens={tokens},patience=0,accumulate=4",
     "linear:rank=64,lora:tokens={tokens},patience=0,accumulate=4",
@@ -77,7 +81,8 @@ CEILING = "lora:tokens={tokens},patience=0,accumulate=4"
 class Run:
     """One method on the model without the first `blocks` blocks of a plan; method: empty for nothing.
 
-    plan: `searched`, or `replaceable` for the one with recovery inside the search.
+    trained: on the text that training sees; plan: `searched`, or `replaceable` for the one with recovery inside the
+    search.
     """
 
     method: str
@@ -86,7 +91,8 @@ class Run:
     plan: str = "searched"
 
     def __str__(self) -> str:
-        return f"{self.plan}, {self.blocks} blocks: {self.method or 'plain'}"
+        more = " (on the text for training)" if self.trained and "tokens=" not in self.method else ""
+        return f"{self.plan}, {self.blocks} blocks: {self.method or 'plain'}{more}"
 
 
 class Bench:
@@ -169,9 +175,8 @@ class Bench:
         return self.subject.identity.parameters - self.subject.anatomy.outline.removed_parameters(mask)
 
     def found(self, run: Run, text: str) -> dict[str, Any] | None:
-        key = (run.plan, run.method or "plain", run.blocks, text)
-        names = ("plan", "method", "removed_blocks", "text")
-        return next((row for row in self.rows if tuple(row[name] for name in names) == key), None)
+        wanted = {**self._named(run), "text": text}
+        return next((row for row in self.rows if wanted.items() <= row.items()), None)
 
     def do(self, run: Run) -> None:
         """The rows of one run, unless they are there."""
@@ -208,7 +213,8 @@ class Bench:
         ]
 
     def _named(self, run: Run) -> dict[str, Any]:
-        return {"plan": run.plan, "method": run.method or "plain", "removed_blocks": run.blocks}
+        fitted = "trained" if run.trained else "closed"
+        return {"plan": run.plan, "method": run.method or "plain", "removed_blocks": run.blocks, "fitted": fitted}
 
     def _recovered(self, run: Run, mask: Mask) -> tuple[Repair, dict[str, Any]]:
         subject, chain = self.subject, parse_chain(run.method)
@@ -223,7 +229,8 @@ class Bench:
         )
         gaps = [gap.model_dump(mode="json", exclude={"curve"}) for gap in record.gaps]
         said = {"tokens": record.tokens[0], "applied": record.applied, "reason": record.reason, "gaps": gaps}
-        return repair, {**said, "trained_tokens": self.options.trained if run.trained else 0}
+        trained = any(isinstance(method, Trained) for method in chain)
+        return repair, {**said, "trained_tokens": self.options.trained if trained else 0}
 
     def _worth(self, run: Run, text: str, mask: Mask, repair: Repair, parameters: int) -> dict[str, Any]:
         """The loss on a text, beside those of the dense model, the plain plan and the plain plan of equal size."""
