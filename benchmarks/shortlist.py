@@ -23,6 +23,7 @@ from blockpruner.data import read_data
 from blockpruner.metrics import token_losses
 from blockpruner.models import load
 from blockpruner.objectives.loss import Loss
+from blockpruner.probing import vocabulary_size
 from blockpruner.subject import Subject, open_subject
 from blockpruner.surgery import skipped
 
@@ -65,11 +66,10 @@ def main() -> None:
             "lists": {size: told(apart, pieces(brief[size] - short[size])) for size in lists},
         }
         print(json.dumps({name: rows[name]}), flush=True)
-    rows_of_head = subject.model.get_output_embeddings().weight.shape[0]
     figures = {
         "first": first,
         "candidates": rows,
-        "share": {size: len(tokens) / rows_of_head for size, tokens in lists.items()},
+        "share": {size: len(tokens) / vocabulary_size(subject.model) for size, tokens in lists.items()},
         "pieces": windows.numel() // PIECE,
         "model": subject.identity.model_dump(mode="json"),
         "command": COMMAND,
