@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,21 @@ def test_other_settings_are_other_questions(opener, wanted, tmp_path):
     assert counts["text"] == counts["tasks"] == ["dense", "dense"]
     assert found.evaluation.data.tokens == 96
     assert found.tasks.results[0].figure.n == 2
+
+
+def test_a_task_whose_files_changed_is_another_question(opener, wanted, tmp_path):
+    open_, counts = opener
+    files, run = tmp_path / "files", tmp_path / "run"
+    shutil.copytree(wanted.include_path, files)
+    task = files / "local_little.yaml"
+    asked = Wanted(tasks=wanted.tasks, include_path=files, limit=3)
+    first: Any = assess(["dense"], open_, asked, run=run)
+    again: Any = assess(["dense"], open_, asked, run=run)
+    assert (counts["tasks"], again) == (["dense"], first)
+    task.write_text(task.read_text().replace("doc_to_target: label", "doc_to_target: '{{1 - label}}'"))
+    other: Any = assess(["dense"], open_, asked, run=run)
+    assert counts["tasks"] == ["dense", "dense"]
+    assert other.tasks.results[0].figure.value == pytest.approx(1 - first.tasks.results[0].figure.value)
 
 
 def test_what_cannot_be_found_out_is_said_before_a_model_is_opened(prose, folder):

@@ -17,7 +17,7 @@ from blockpruner.journal import Journal
 from blockpruner.permutations import number
 from blockpruner.searches.evolution import Evolution
 from blockpruner.searches.exhaustive import Exhaustive
-from blockpruner.searching import DENSE, Chosen, Partly, Stop
+from blockpruner.searching import DENSE, Best, Partly, Stop
 
 IDENTITY = {"model": "toy"}
 NOISE_MEAN = sum(map(sum, NOISE)) / sum(map(len, NOISE))
@@ -219,7 +219,7 @@ def dialogue(search, problem, rule):
         except StopIteration:
             return talk
         answer = None
-        if not isinstance(request, Chosen):
+        if not isinstance(request, Best):
             looked = request if isinstance(request, Partly) else Partly(request, tuple(range(problem.batches)))
             answer = {mask: estimate([rule(mask, b) for b in looked.batches], "nats") for mask in looked.masks}
             talk.append((looked, answer))
@@ -339,6 +339,18 @@ def test_options_out_of_range_are_input_errors(options):
         Evolution(**options)
 
 
-def test_stopped_before_its_end_it_has_decided_nothing():
-    result = run(Evolution(), toy(4, "block", "blocks=4"), Toy(tangled), budget=60)
+def test_stopped_before_its_end_it_leaves_its_parent_with_the_loss_it_was_last_seen_with():
+    problem = toy(4, "block", "blocks=4")
+    result = run(Evolution(), problem, Toy(tangled), budget=30)
     assert (result.steps, result.stop_reason) == ((), Stop.BUDGET)
+    whole, losses = run(Evolution(), problem, Toy(tangled)), list[float]()
+    for budget in range(60, whole.evaluations):
+        result = run(Evolution(), problem, Toy(tangled), budget=budget)
+        mask = frozenset().union(*(step.move.blocks for step in result.steps))
+        assert problem.reached(mask, len(result.steps))
+        last = result.steps[-1].loss
+        assert last is not None
+        losses.append(last.value)
+        assert losses[-1] == pytest.approx(tangled(mask) + NOISE_MEAN)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] >= tangled(frozenset().union(*(step.move.blocks for step in whole.steps))) + NOISE_MEAN - 1e-9

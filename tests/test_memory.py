@@ -105,6 +105,13 @@ def test_the_largest_batch_and_context_fit_and_one_more_does_not(weights, grows,
         assert footprint.total(tokens + 1, batch) > limit
 
 
+@given(st.integers(0, 900), st.none() | st.integers(1, 20), st.integers(1, 30))
+def test_no_context_is_named_that_the_model_cannot_read(limit, window, longest):
+    footprint = Footprint(50, ((4, window), (2, None)) if limit % 2 else ((4, window),), 3)
+    fitting = [tokens for tokens in range(longest + 1) if footprint.total(tokens, 2) <= limit]
+    assert footprint.largest_context(limit, 2, longest) == max(fitting, default=0)
+
+
 def test_a_model_that_fits_with_any_context_has_no_largest():
     assert Footprint(10, ((4, 8),), 2).largest_context(50) is None
     assert Footprint(10, (), 0).largest_batch(50, 99) is None

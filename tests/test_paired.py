@@ -70,6 +70,17 @@ def test_a_comparison_turned_around_is_the_same_with_other_signs():
     assert (there.difference, there.low, there.high) == pytest.approx((-back.difference, -back.high, -back.low))
 
 
+@pytest.mark.parametrize("high", [1.0, 0.75])
+def test_where_lower_is_better_items_are_gained_by_going_down(high):
+    one, other = [0.0, high, high, high], [high, 0.0, 0.0, high]
+    up, down = compare(one, other), compare(one, other, higher_is_better=False)
+    assert (up.gained, up.lost, up.word) == (1, 2, "worse")
+    assert (down.gained, down.lost, down.word) == (2, 1, "better")
+    assert (up.difference, up.low, up.high, up.p) == (down.difference, down.low, down.high, down.p)
+    assert compare(one, other, higher_is_better=None).word == "different"
+    assert compare(one, one).word == "the same"
+
+
 def test_the_same_seed_gives_the_same_p_value():
     gaps = [0.1 * (i % 7) - 0.25 for i in range(50)]
     assert compare([0.0] * 50, gaps) == compare([0.0] * 50, gaps)

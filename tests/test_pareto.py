@@ -1,16 +1,23 @@
 """Pareto fronts, knees and budgets against their definitions, and the command on a small model's plan."""
 
+import contextlib
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
 from blockpruner.artifacts import Estimate
-from blockpruner.errors import InputError
-from blockpruner.pareto import Pareto, Point, depths, front, knee, read_plans, within
+from blockpruner.errors import CheckFailedError, InputError
+from blockpruner.pareto import Pareto, Point, depths, front, knee, pareto_of, read_plans, within
+from blockpruner.pareto_picture import HEIGHT, WIDTH, heights, labels, picture, widths
 from blockpruner.plan import Plan
+from blockpruner.subject import subject_of
+from blockpruner.weighing_tables import print_pareto
 
 
 def point(parameters, loss, cache=0, time=None, dense=0.0):
@@ -118,6 +125,119 @@ def test_a_plan_without_losses_must_be_judged(run, checkpoint):
     assert (found.code, "recorded no losses" in found.err) == (2, True)
     found = run("pareto", "hand.json")
     assert (found.code, "--model" in found.err) == (2, True)
+
+
+# Recoveries
+
+
+METHOD = {"search": "greedy", "objective": "loss", "moves": "block", "target": "blocks=2", "protected": []}
+
+
+def plan_with(recovery, data="text"):
+    """Two steps, found with a recovery or without."""
+    loss = [{"value": value, "stderr": None, "n": 4, "unit": "nats per token"} for value in (1.0, 1.2, 1.5)]
+    value = {
+        "format": Plan.FORMAT,
+        "version": 1,
+        "calibration": {"fingerprint": data, "source": data},
+        "method": {**METHOD, "seed": 0, "dtype": "float32", "recovery": recovery},
+        "dense_loss": loss[0],
+        "steps": [{"remove": [f"mlp.{at}"], "loss": loss[at]} for at in (1, 2)],
+    }
+    return Plan.from_value(value, "here")
+
+
+@pytest.fixture(scope="module")
+def small():
+    return subject_of(tiny.FAMILIES["llama"](), None, "small")
+
+
+def test_plans_of_other_recoveries_stand_apart_in_one_table(small, capsys):
+    found = pareto_of(small, {"one": plan_with("linear"), "two": plan_with("bias")})
+    assert [p.title for p in found.points] == ["dense", *["one + linear"] * 2, *["two + bias"] * 2]
+    assert [p.recovered for p in found.points] == [False, True, True, True, True]
+    assert Pareto.from_value(found.model_dump(mode="json"), "here") == found
+    print_pareto(found)
+    said = capsys.readouterr().out
+    assert re.search(r"one\W+linear\W", said)
+    assert re.search(r"two\W+bias\W", said)
+    assert "Losses are with the recovery" in said
+
+
+def test_losses_of_half_the_text_do_not_compare_with_those_of_all(small):
+    with pytest.raises(InputError, match="half the text") as said:
+        pareto_of(small, {"one": plan_with("linear"), "two": plan_with(None)})
+    assert "--data" in said.value.fix
+    with pytest.raises(InputError) as said:
+        pareto_of(small, {"one": plan_with("linear"), "two": plan_with(None, "other")})
+    assert "half" not in said.value.what
+
+
+def test_on_other_text_a_plan_that_was_found_with_a_recovery_is_judged_without_it_and_says_so(small, capsys):
+    def judge(masks):
+        return {name: Estimate.of([1.0, 2.0 + len(mask)], "nats per token") for name, mask in masks.items()}
+
+    plans = {"one": plan_with("linear"), "two": plan_with(None)}
+    found = pareto_of(small, plans, judge=judge, judged_by="other text")
+    assert [p.title for p in found.points] == ["dense", *["one (found with linear)"] * 2, *["two"] * 2]
+    assert not any(p.recovered for p in found.points)
+    print_pareto(found)
+    said = capsys.readouterr().out
+    assert "none here; found with linear" in said
+    assert "Losses are with" not in said
+
+
+# The picture
+
+
+def drawn(places):
+    """Points (cost, rise) of a plan and its labels, in pixels: where each point is, and the box of each text."""
+    points = [point(cost, 1 + rise, dense=1.0) for cost, rise in places]
+    pareto = Pareto.of(points, model="m", judged_by="j", time="t")
+    advice = next(one for one in pareto.advice if one.axis == "parameters")
+    texts = labels(pareto, advice)
+    (low, high), (bottom, top) = widths(pareto, advice, texts), heights(pareto, advice)
+
+    def across(cost):
+        return WIDTH * (high - cost) / (high - low)
+
+    def down(loss):
+        return HEIGHT * (top - loss) / (top - bottom)
+
+    spots = [(across(cost), down(1 + rise)) for cost, rise in places]
+    lines = [(across(text.cost) + 8, down(text.loss) + text.shift, text.width) for text in texts]
+    return spots, [(left, y - 6, left + width, y + 6) for left, y, width in lines]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.floats(0, 3)), min_size=2, max_size=9, unique_by=lambda pair: pair[0]),
+)
+def test_texts_in_the_picture_are_inside_and_cover_no_point_and_no_text(places):
+    spots, boxes = drawn([(100, 0.0), *places])
+    assert boxes
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= WIDTH + 1e-6
+        assert 0 <= top < bottom <= HEIGHT
+        assert not any(left < x < right and top < y < bottom for x, y in spots)
+    for one, other in itertools.combinations(boxes, 2):
+        assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+def test_one_point_has_one_text_and_the_picture_is_a_png(tmp_path):
+    pareto = Pareto.of([point(100, 1.0), point(60, 1.05), point(20, 3.0)], model="m", judged_by="j", time="t")
+    (text,) = labels(pareto.model_copy(update={"budget": 0.5}), pareto.advice[0].model_copy(update={"within": 1}))
+    assert text.text == "knee, cheapest within +0.5"
+    picture(pareto, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("losses", [(None, 1.0, None), (1.0, 1.0, 1.0), (None, None, None)])
+def test_points_of_which_little_is_known_are_drawn_or_refused(tmp_path, losses):
+    points = [point(cost, loss) for cost, loss in zip((100, 60, 20), losses, strict=True)]
+    pareto = Pareto.of(points, model="m", judged_by="j", time="t")
+    refused = pytest.raises(CheckFailedError, match="nothing to draw")
+    with refused if losses == (None,) * 3 else contextlib.nullcontext():
+        picture(pareto, tmp_path / "a.png")
 
 
 def test_a_missing_folder_is_said(run):

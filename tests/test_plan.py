@@ -63,6 +63,7 @@ def test_a_searched_plan_carries_its_evidence(searched):
         "seed": 0,
         "dtype": "float32",
         "recovery": None,
+        "windows": None,
     }
     first = saved["steps"][0]
     assert list(first["scores"]) == ["attention.1", "attention.2", "attention.3", "mlp.1", "mlp.2", "mlp.3"]

@@ -91,6 +91,7 @@ def test_a_plan_says_of_what_and_how_it_was_made(task, subject, prose):
         "seed": 5,
         "dtype": "float32",
         "recovery": None,
+        "windows": None,
     }
     assert not {"mlp.3", *(f"attention.{layer}" for layer in range(4))} & set(names(plan))
 
@@ -209,9 +210,9 @@ cli.main()
 def command(checkpoint, prose):
     """The same search as a command in a process of its own, which sends itself signals after so many evaluations."""
 
-    def run(folder, signals, before=None):
+    def run(folder, signals, before=None, **more):
         options = {"--calibration": prose, "--run": folder, "--dtype": "float32", "--device": "cpu"}
-        options |= {f"--{name}": value for name, value in SEARCH.items()}
+        options |= {f"--{name}": value for name, value in {**SEARCH, **more}.items()}
         words = ["search", checkpoint, *(word for option in options.items() for word in option)]
         moments = (",".join(map(str, part)) for part in (signals, map(int, signals.values())))
         return subprocess.run(
@@ -249,6 +250,16 @@ def test_an_interrupted_search_leaves_a_usable_plan_and_says_how_to_go_on(task, 
     assert names(plan) == ["attention.2"]
     plan.check(subject.anatomy.outline, subject.identity, "plan.json")
     assert find_plan(task(), tmp_path / "run") == find_plan(task())
+
+
+def test_a_search_that_decides_only_at_its_end_leaves_the_best_that_it_has_found_too(task, command, subject, tmp_path):
+    assert command(tmp_path / "run", {18: signal.SIGINT}, search="swap").returncode == 130
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    assert plan.stop_reason == Stop.INTERRUPTED
+    plan.check(subject.anatomy.outline, subject.identity, "plan.json")
+    whole = find_plan(task(search="swap"))
+    assert (len(plan.steps), plan.nested) == (len(whole.steps), False)
+    assert find_plan(task(search="swap"), tmp_path / "run") == whole
 
 
 def test_other_signals_stop_a_search_too_unless_they_are_ignored(command, tmp_path):

@@ -1,6 +1,7 @@
 """Maps folded into the projection before them: as good as beside it, and refused where something lies between."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from transformers import AutoModelForCausalLM
 from blockpruner import checkpoint
 from blockpruner.blocks import parse_mask
 from blockpruner.checkpoint import save_pruned
+from blockpruner.closed_form import MADE_UP
 from blockpruner.errors import InputError
 from blockpruner.examples import examples_of
 from blockpruner.folded_runs import runs
 from blockpruner.folding import Projection, foldable, projection
-from blockpruner.gaps import repaired, reweighted
+from blockpruner.gaps import UNREPAIRED, repaired, reweighted
 from blockpruner.normal_equations import NormalEquations, ridge_map
-from blockpruner.recoveries import parse_recovery
+from blockpruner.recoveries import parse_chain, parse_recovery
+from blockpruner.recovering import recover
 from blockpruner.recovery import Bench
 from blockpruner.tables import foldings
 from blockpruner.updates import contribution, stream_after
@@ -159,8 +162,59 @@ def test_a_run_that_cannot_be_folded_is_left_beside_one_that_can():
     assert len(repair.weights) == 1
 
 
+def mended(method, bench):
+    (recovery,) = parse_chain(method)
+    return recovery.repair(bench)
+
+
+@pytest.mark.parametrize(
+    "method", ["linear", "bias", "adapter:loss=block,epochs=1,batch=4,accumulate=1", "replaceme", "replaceme:sinks=1"]
+)
+def test_what_is_folded_is_not_added_once_more_by_what_follows(method):
+    bench = bench_of("causal/llama", "attention.2+mlp.2", force=True)
+    start, _ = mended("replaceme", bench)
+    repair, records = mended(method, replace(bench, start=start))
+    assert repair == start
+    assert {record.reason for record in records} <= {MADE_UP}
+
+
+def test_what_could_not_be_folded_is_filled_by_what_follows():
+    bench = bench_of("causal/llama", "attention.0+mlp.2", force=True)
+    start, _ = mended("replaceme", bench)
+    repair, records = mended("linear", replace(bench, start=start))
+    assert list(repair.replacements) == [bench.anatomy.parts[next(iter(parse_mask("attention.0")))].path]
+    assert repair.weights == start.weights
+    assert [(record.removed, record.reason) for record in records] == [("attention.0", ""), ("mlp.2", MADE_UP)]
+
+
+@pytest.mark.parametrize("method", ["linear:ridge=0.0001,target=dense", "span:ridge=0.0001", "replaceme:target=dense"])
+def test_what_is_still_missing_to_the_dense_model_is_fitted_on_top_of_what_is_folded(method):
+    bench = bench_of("causal/llama", "attention.2+mlp.2", force=True)
+    last = next(iter(parse_mask("mlp.2")))
+    wanted = stream_after(bench.model, bench.anatomy, last, frozenset(), bench.examples)
+
+    def missing(repair):
+        found = stream_after(bench.model, bench.anatomy, last, bench.mask, bench.examples, repair)
+        return float((wanted - found)[:, 1:].square().sum())  # no weight is on the first token of a row
+
+    start, _ = mended("replaceme:ridge=0.0001", bench)
+    repair, _ = mended(method, replace(bench, start=start))
+    twice, _ = mended("linear:ridge=0.0001", replace(bench, start=replace(start, made_up=frozenset())))
+    assert missing(repair) <= missing(start) < missing(UNREPAIRED)
+    assert missing(twice) > missing(start)  # as it was when nothing told what is folded
+
+
+def test_a_chain_says_why_nothing_was_added_to_what_is_folded():
+    model, anatomy = made("causal/llama")
+    chain = parse_chain("replaceme,linear:rank=4")
+    repair, record = recover(model, anatomy, parse_mask("attention.2+mlp.2"), chain, examples(model), force=True)
+    assert [step.applied for step in record.steps] == [True, False]
+    assert record.steps[1].reason == f"nothing was recovered: attention.2: {MADE_UP}"
+    assert not repair.replacements
+
+
 def test_a_folded_model_whose_layers_are_whole_is_saved_in_the_stock_form(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_compare", lambda *_args, **_options: 0.0)  # it is loaded here, below
+    monkeypatch.setattr(checkpoint, "reload_difference", lambda *_args, **_options: 0.0)  # it is loaded here, below
     model = zoo.build("causal/llama")
     bench = bench_of("causal/llama", "attention.2+mlp.2", force=True)
     repair, _ = parse_recovery("replaceme").repair(bench)

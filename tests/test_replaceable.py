@@ -152,8 +152,21 @@ def test_a_plan_is_searched_under_the_loss_with_replacements_and_says_so(task, s
     with repaired(subject.model, subject.anatomy, mask, filled(subject.anatomy, mask, job.replacing)):
         expected = plain(subject.model, job.replacing.held_out)
     assert plan.steps[-1].loss.value == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-    assert plan.dense_loss.n == len(job.replacing.held_out)
+    first, end = plan.method.windows
+    assert (first, end) == (8, 16) == (len(job.replacing.fit), plan.calibration["windows"])
+    assert plan.dense_loss.n == len(job.replacing.held_out) == end - first
+    assert torch.equal(job.data.examples.part(first, end).targets, job.replacing.held_out.targets)
     assert Plan.from_value(plan.model_dump(mode="json"), "this") == plan
+
+
+def test_a_plan_from_before_it_named_its_windows_is_still_read(task):
+    plan: Any = find_plan(task())
+    value = plan.model_dump(mode="json")
+    del value["method"]["windows"]
+    older: Any = Plan.from_value(value, "this")
+    assert (older.method.windows, older.steps) == (None, plan.steps)
+    without: Any = find_plan(task(recovery=None))
+    assert without.method.windows is None
 
 
 def test_the_counted_work_is_that_of_the_same_search_without_and_the_fits_are_in_the_price(task):

@@ -3,7 +3,7 @@
 import itertools
 import math
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -11,18 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import NOISE, Toy, additive, plan_of, tangled, toy_outline, toy_problem
 
-from blockpruner.artifacts import Work
+from blockpruner.artifacts import Estimate, Work
 from blockpruner.blocks import Block, Move
 from blockpruner.driver import price, run
 from blockpruner.errors import CheckFailedError
 from blockpruner.journal import Journal
 from blockpruner.plan import Plan
 from blockpruner.searches import SEARCHES
+from blockpruner.searches.beam import Beam
+from blockpruner.searches.enumeration import Enumeration
 from blockpruner.searches.evolution import Evolution
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.random import Random
 from blockpruner.searches.span import Span
-from blockpruner.searching import DENSE, Chosen, Problem, Proposals, Stop, lowest
+from blockpruner.searches.swap import Swap
+from blockpruner.searching import DENSE, Best, Chosen, Problem, Proposals, Stop, lowest
 
 IDENTITY = {"model": "toy"}
 EVALUATIONS = 1 + 8 + 7 + 6 + 5 + 4  # of the dense model, and of 5 of 8 blocks
@@ -202,6 +205,106 @@ class TestEverySearch:
             with Journal.open(tmp_path / "cut.jsonl", IDENTITY) as journal:
                 assert run(search, problem, Toy(tangled), journal=journal, scorer=alone) == whole
             assert (tmp_path / "cut.jsonl").read_bytes() == b"".join(lines)
+
+    def test_stopped_anywhere_it_leaves_the_best_so_far_as_a_usable_plan_and_resumes_to_the_same(
+        self, search, moves, target, tmp_path
+    ):
+        problem, counted = toy_problem(4, moves, target), Interrupted(tangled, after=-1)
+        whole = run(search, problem, counted, scorer=alone)
+        for number, sweep in enumerate(range(Toy.batches, counted.sweeps, max(1, counted.sweeps // 4))):
+            toy = Interrupted(tangled, after=sweep)
+            with Journal.open(tmp_path / f"{number}.jsonl", IDENTITY) as journal:
+                part = run(search, problem, toy, journal=journal, scorer=alone)
+            assert part.stop_reason is Stop.INTERRUPTED
+            check_usable(part, whole, search, problem, tmp_path)
+            with Journal.open(tmp_path / f"{number}.jsonl", IDENTITY) as journal:
+                assert run(search, problem, Toy(tangled), journal=journal, scorer=alone) == whole
+        for budget in range(1, whole.evaluations, max(1, whole.evaluations // 4)):
+            part = run(search, problem, Toy(tangled), budget=budget, scorer=alone)
+            check_usable(part, whole, search, problem, tmp_path)
+
+
+def check_usable(part, whole, search, problem, folder):
+    """Its first steps if it is nested; else a whole plan that reaches the target, or none."""
+    plan_of(part, search, problem).save(folder / "part.json")
+    plan = Plan.read(folder / "part.json", problem.outline)
+    plan.check(problem.outline, None, "the plan")
+    if search.nested:
+        assert part.steps == whole.steps[: len(part.steps)]
+    elif part.steps:
+        assert problem.reached(plan.mask(), len(plan.steps))
+    if part.steps and part.steps[-1].loss is not None and part.steps[-1].loss.n == whole.dense.n:
+        assert part.steps[-1].loss.value == pytest.approx(tangled(plan.mask()) + NOISE_MEAN)
+
+
+# The sets that each has by the time when its last mask is evaluated; beam compares only what is all of one size.
+LATE = {name: search for name, search in EVERY.items() if not search.nested and name != "beam"}
+LONG = {"enumeration": ("block", "blocks=5")}  # of more than one sweep
+
+
+def known(_):
+    """Scores moves by what they would lead to, without an evaluation."""
+    return lambda mask, moves: {move: Estimate.of([tangled(mask | move.blocks)], "nats") for move in moves}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_search_that_decides_at_its_end_leaves_its_best_set_when_it_is_stopped_shortly_before(name):
+    search, counted = LATE[name], Interrupted(tangled, after=-1)
+    problem = toy_problem(5, *LONG.get(name, ("layer", "layers=2")))
+    whole = run(search, problem, counted, scorer=known)
+    for part in (
+        run(search, problem, Interrupted(tangled, after=counted.sweeps - 1), scorer=known),
+        run(search, problem, Toy(tangled), budget=whole.evaluations - 1, scorer=known),
+    ):
+        assert part.stop_reason in (Stop.INTERRUPTED, Stop.BUDGET)
+        assert problem.reached(frozenset().union(*(step.move.blocks for step in part.steps)), len(part.steps))
+
+
+@pytest.mark.parametrize("search", [Enumeration(), Swap()], ids=["enumeration", "swap"])
+def test_with_more_budget_the_plan_that_is_left_is_never_worse(search):
+    start = tuple(map(Move.parse, ["attention.4", "mlp.4", "attention.3", "mlp.3"]))
+    problem = replace(toy_problem(5, "block", "blocks=4"), start=start)
+    losses = [math.inf]
+    for budget in range(1, price(search, problem), 7):
+        steps = run(search, problem, Toy(tangled), budget=budget).steps
+        losses.append(tangled(frozenset().union(*(step.move.blocks for step in steps))) if steps else math.inf)
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) > 2
+    assert losses[-1] == tangled(frozenset().union(*(s.move.blocks for s in run(search, problem, Toy(tangled)).steps)))
+
+
+def test_beam_leaves_the_best_of_the_masks_that_reached_the_target():
+    problem = toy_problem(4, "block", "params=-18.75%")
+    stopped = [run(Beam(), problem, Toy(tangled), budget=budget) for budget in range(1, price(Beam(), problem))]
+    left = [frozenset().union(*(step.move.blocks for step in each.steps)) for each in stopped if each.steps]
+    assert all(problem.reached(mask, 9) for mask in left)
+    assert len([each for each in stopped if each.steps and each.stop_reason is Stop.BUDGET]) > 1
+
+
+class Twice:
+    """Finds a set, and then another one."""
+
+    title: ClassVar[str] = "Two sets"
+    source: ClassVar[str] = "these tests"
+    nested: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def propose(self, problem: Problem) -> Proposals:
+        for move in map(Move.parse, self.names):
+            yield (move.blocks,)
+            yield Best((Chosen(move, {}),))
+
+    def evaluations(self, problem: Problem) -> int:
+        return len(self.names)
+
+
+def test_a_set_whose_loss_is_not_finite_takes_no_ones_place():
+    toy = Toy(additive({"mlp.0": 1.0, "mlp.1": math.nan}))
+    result = run(Twice("mlp.0", "mlp.1"), toy_problem(2, "block", "blocks=1"), toy)
+    assert taken(result) == ["mlp.0"]
 
 
 @pytest.mark.parametrize(("moves", "target"), TASKS)

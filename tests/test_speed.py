@@ -18,14 +18,15 @@ from blockpruner.costs import Card
 from blockpruner.errors import InputError
 from blockpruner.evaluation import speed, timing
 from blockpruner.evaluation.compute import LENGTHS, counted, laws, on_card, prefill_flops
-from blockpruner.evaluation.costing import alike, measured
+from blockpruner.evaluation.costing import alike, measured, saving
 from blockpruner.evaluation.memory import random_inputs, read_ledger
-from blockpruner.evaluation.speed import Contestant, interleaved, measure
+from blockpruner.evaluation.speed import Benchmark, Contestant, interleaved, measure
 from blockpruner.evaluation.timing import Protocol, Run, SpeedUp, Timing, parse_protocol
 from blockpruner.plan import Plan
 from blockpruner.subject import subject_of
 from blockpruner.surgery import skipped
 from blockpruner.targets import Speed
+from blockpruner.weighing_tables import print_benchmark
 
 SHORT = Protocol(batch=2, context=12, new=3, rounds=6, warm_up=1)
 
@@ -88,6 +89,17 @@ def test_any_model_is_measured_with_and_without_blocks(name):
     assert half.weights_bytes < dense.weights_bytes
     for figures in cell.contestants:
         assert (figures.cache_bytes_measured or 0) == figures.cache_bytes_counted
+
+
+@pytest.mark.parametrize(("name", "longest"), [("gemma3", 64), ("gpt2", 64), ("causal/mamba", None)])
+def test_the_largest_context_is_no_longer_than_what_the_model_reads(capsys, name, longest):
+    one = subject(name)
+    cell = measure([Contestant("dense", one)], SHORT, limit=10**12)
+    (dense,) = cell.contestants
+    assert (dense.largest_context, dense.longest_context) == (longest, longest)
+    print_benchmark(Benchmark.of(SHORT, one, [cell], 10**12))
+    said = capsys.readouterr().out
+    assert ("64, its own" in said) == ("reads no further" in said) == (longest is not None)
 
 
 def test_masks_share_one_set_of_weights_and_leave_the_model_whole():
@@ -186,6 +198,45 @@ def test_costs_measured_here_are_the_paired_differences(monkeypatch):
     monkeypatch.setattr("blockpruner.evaluation.costing.interleaved", fake)
     costs = measured(one, Speed(Fraction(2), "prefill"), ledger)
     assert {block.kind: pytest.approx(value) for block, value in costs.each.items()} == {"attention": 1, "mlp": 3}
+
+
+def test_a_saving_is_the_mean_of_a_normal_distribution_that_is_cut_off_at_nothing():
+    """By drawing; a clear one is the median itself."""
+    draw = random.Random(0)
+    for middle in (-1.0, 0.0, 0.5, 2.0):
+        gaps = [middle - 1.0, middle, middle + 1.0]
+        error = 1.2533 * 1.4826 / math.sqrt(3)
+        kept = [x for _ in range(100_000) if (x := draw.gauss(middle, error)) > 0]
+        assert saving(gaps)[0] == pytest.approx(math.fsum(kept) / len(kept), rel=0.02)
+    assert saving([99.0, 100.0, 101.0]) == (pytest.approx(100.0), True)
+    assert saving([5.0] * 7) == (pytest.approx(5.0), True)
+    assert saving([-1.0, 0.0, 1.0])[1] is False
+    for gaps in ([0.0] * 7, [-5.0] * 7, [-1e6, -1e6 + 1e-6, -1e6]):
+        assert 0 < saving(gaps)[0] < 1e-3
+    found = [saving([x - 1, x, x + 1])[0] for x in (-9.0, -2.0, -1.0, 0.0, 1.0, 2.0, 9.0)]
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize(("attention", "noise"), [(0.0, 0.0), (-1.0, 0.0), (0.0, 0.5), (-0.2, 0.5), (1.0, 50.0)])
+def test_no_measured_block_costs_nothing_or_more_than_the_whole(monkeypatch, attention, noise):
+    """On a machine where an attention takes nothing, or seems to give time back, or all is noise."""
+    one = subject("llama")
+    draw = random.Random(3)
+
+    def fake(contestants, protocol, progress):
+        kept = [[b for b in one.anatomy.parts if b not in c.mask] for c in contestants]
+        times = [10 + sum(3 if b.kind == "mlp" else attention for b in blocks) for blocks in kept]
+        return [[Run(time + draw.random() * noise, None) for _ in range(protocol.rounds)] for time in times]
+
+    monkeypatch.setattr("blockpruner.evaluation.costing.interleaved", fake)
+    costs = measured(one, Speed(Fraction(2), "prefill"), read_ledger(one.model, one.anatomy))
+    assert all(value > 0 for value in costs.each.values())
+    assert costs.left(one.anatomy.outline, frozenset(costs.each)) >= -1e-9
+    assert "not told from nothing: attention.0 and its like" in costs.source
+    if noise < 1:
+        mlp, other = (next(v for b, v in costs.each.items() if b.kind == kind) for kind in ("mlp", "attention"))
+        assert mlp == pytest.approx(3, rel=0.1)
+        assert other < 0.2
 
 
 def test_sliding_and_full_attention_are_measured_apart():

@@ -127,7 +127,7 @@ def test_each_layer_has_its_weights_made_once_for_all_that_is_asked(saved, monke
     take = lending._Lender.take
 
     def watched(self, *given):
-        if not self._users:
+        if not self._kept:
             takers.append(self)
         take(self, *given)
 
@@ -154,6 +154,42 @@ def test_weights_are_given_back_also_after_an_exception(saved):
     handle.remove()
     assert layer.mlp.up_proj.weight.dtype == torch.float32
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_weights_that_cannot_all_be_lent_all_stay_at_home_and_can_be_lent_later(error, saved, monkeypatch):
+    model = streamed(saved(LLAMA), "bfloat16")
+    layer = model.model.layers[1]
+    before = {name: (p.data_ptr(), p.dtype) for name, p in layer.named_parameters()}
+    third, to = list(layer.parameters())[2].data_ptr(), torch.Tensor.to
+
+    def full(self, *given, **more):
+        if self.data_ptr() == third:
+            raise error
+        return to(self, *given, **more)
+
+    for call in (lambda: _at_hand(layer, lambda: None), lambda: model(token_ids())):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "to", full)
+            with pytest.raises(error):
+                call()
+        assert {name: (p.data_ptr(), p.dtype) for name, p in layer.named_parameters()} == before
+        with at_hand(layer):
+            assert layer.mlp.up_proj.weight.dtype == torch.bfloat16
+        assert {name: (p.data_ptr(), p.dtype) for name, p in layer.named_parameters()} == before
+
+
+def test_a_call_that_ctrl_c_ends_keeps_nothing_lent_when_the_engine_is_done_with_the_layer(saved):
+    model = streamed(saved(LLAMA), "bfloat16")
+    layer = model.model.layers[1]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    layer.mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), at_hand(layer):
+        model(token_ids())
+    assert layer.mlp.up_proj.weight.dtype == torch.float32
 
 
 def _at_hand(layer, then):

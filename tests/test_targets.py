@@ -204,6 +204,8 @@ def test_a_loss_target_beside_another_ends_with_whichever_comes_first():
 def test_a_set_chosen_together_that_loses_too_much_leaves_no_plan():
     result = follow(Enumeration(), problem_of("memory=191B,loss=+0.1"), additive(WEIGHTS))
     assert (result.steps, result.stop_reason) == ((), Stop.LOSS)
+    result = follow(Enumeration(), problem_of("memory=191B,loss=+0.3"), additive(WEIGHTS))
+    assert ([str(step.move) for step in result.steps], result.stop_reason) == (["attention.0"], Stop.TARGET)
 
 
 def test_the_budget_covers_the_looks_at_the_loss():

@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness through our path: its own numbers, item by item, on files made here."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 from blockpruner.artifacts import Estimate
 from blockpruner.errors import CheckFailedError, InputError, MachineError
 from blockpruner.evaluation.suites import SUITES, Task, chosen_tasks
+from blockpruner.evaluation.task_files import digest_of
 from blockpruner.evaluation.task_table import Items, TaskResult, TaskTable
-from blockpruner.evaluation.tasks import Harness
+from blockpruner.evaluation.tasks import OWN, Harness
+from blockpruner.evaluation_tables import print_tasks
 from blockpruner.models import load
 
 pytest.importorskip("lm_eval")
@@ -35,6 +38,26 @@ aggregate_metric_list:
   - metric: acc
     weight_by_size: true
 """
+LAST_WORD = """
+task: last_word
+dataset_path: json
+custom_dataset: !function rows.load
+output_type: loglikelihood
+validation_split: validation
+doc_to_text: "{{goal}}"
+doc_to_target: "{{sol1}}"
+metric_list: [{metric: perplexity}, {metric: acc}]
+"""
+TEXTS = """
+task: texts
+dataset_path: json
+custom_dataset: !function rows.load
+output_type: loglikelihood_rolling
+validation_split: validation
+doc_to_text: ""
+doc_to_target: "{{goal}} {{sol2}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+"""
 ROWS = [
     {"goal": "The quick brown", "sol1": "fox jumps over", "sol2": "naïve lazy said stack", "label": 0},
     {"goal": "A block is", "sol1": "said cat 2", "sol2": "one residual branch", "label": 1},
@@ -50,6 +73,8 @@ def folder(tmp_path_factory):
     for name in ("local_little", "other"):
         (path / f"{name}.yaml").write_text(YAML.format(name=name))
     (path / "pair.yaml").write_text(GROUP)
+    (path / "last_word.yaml").write_text(LAST_WORD)
+    (path / "texts.yaml").write_text(TEXTS)
     code = "from datasets import Dataset, DatasetDict\n\n\ndef load(**_):\n"
     code += f"    return DatasetDict(validation=Dataset.from_list({ROWS!r}))\n"
     (path / "rows.py").write_text(code)
@@ -120,6 +145,20 @@ def test_a_group_is_the_items_of_its_tasks(run):
     assert found.figure.value == pytest.approx(sum(found.column().values()) / len(found.column()))
 
 
+def test_items_of_perplexities_go_the_way_of_their_metric_which_is_down(run):
+    """Mean of the items = logarithm of the perplexity, or the bits per byte themselves; all of one sign."""
+    last, texts = run("last_word", metric="perplexity"), run("texts")
+    for found, metric in ((last, "perplexity"), (texts, "word_perplexity"), (texts, "byte_perplexity")):
+        column = found.by(metric).column()
+        assert sum(column.values()) / len(column) == pytest.approx(math.log(found.metrics[metric].value))
+        assert min(column.values()) > 0
+    column = texts.by("bits_per_byte").column()
+    assert sum(column.values()) / len(column) == pytest.approx(texts.metrics["bits_per_byte"].value)
+    assert last.higher_is_better == {"perplexity": False, "acc": True}
+    assert texts.higher_is_better == dict.fromkeys(texts.metrics, False)
+    assert run("pair").higher_is_better == {"acc": True}
+
+
 def test_nothing_of_the_harness_reaches_stdout(run, capfd):
     run(limit=1)
     assert capfd.readouterr().out == ""
@@ -155,10 +194,47 @@ def test_a_task_that_fails_is_named_with_the_reason(harness, opened, folder):
         Harness(folder).run(opened[0], opened[1], task, contestant="", computation="", limit=None, batch=1)
 
 
+# Whether a task is still the same
+
+
+def test_the_digest_of_task_files_changes_with_each_file_that_may_matter(tmp_path, monkeypatch):
+    mine, common = tmp_path / "mine", tmp_path / "common_yaml"
+    (mine / "__pycache__").mkdir(parents=True)
+    files = {
+        mine / "a.yaml": "include: ../common_yaml\nprocess: !function code.f\ndoc_to_text: ''",
+        mine / "code.py": "f = len",
+        common: "include: [deeper.yml]\ndataset_kwargs: {data_files: {test: rows.jsonl}}",
+        tmp_path / "deeper.yml": "a: 1",
+        tmp_path / "rows.jsonl": "{}",
+    }
+    unrelated = tmp_path / "unrelated.yaml", mine / "__pycache__" / "code.pyc", mine / ".hidden"
+    for file in (*files, *unrelated):
+        file.write_text(files.get(file, "x: 1"))
+    seen = [digest_of(mine)]
+    for file in files:
+        file.write_text(file.read_text() + "\n# changed")
+        seen.append(digest_of(mine))
+    assert len(set(seen)) == len(seen)
+    for file in unrelated:
+        file.write_text("x: 2")
+    monkeypatch.chdir(mine)
+    assert digest_of(Path()) == seen[-1]
+    (mine / "broken.yaml").write_text("a: [")
+    assert digest_of(mine) != seen[-1]
+
+
+def test_tasks_of_the_harness_are_defined_by_it_and_others_by_their_files(folder, monkeypatch):
+    harness = Harness(folder)
+    assert harness.definition("little") == digest_of(folder)
+    assert Harness().definition("piqa") == OWN
+    monkeypatch.setitem(harness.__dict__, "_own", type("Own", (), {"all_tasks": ["piqa"]}))
+    assert harness.definition("piqa") == OWN
+
+
 # Tables of results, made up
 
 
-def result(contestant, column, task="t", metric="acc"):
+def result(contestant, column, task="t", metric="acc", higher_is_better: bool | None = True):
     values = tuple(map(float, column))
     items = Items(docs=tuple(f"doc {i}" for i in range(len(values))), values={metric: values})
     return TaskResult(
@@ -174,6 +250,7 @@ def result(contestant, column, task="t", metric="acc"):
         harness="0",
         dtype="float32",
         computation="",
+        higher_is_better={} if higher_is_better is None else {metric: higher_is_better},
     )
 
 
@@ -190,6 +267,28 @@ def test_each_contestant_stands_beside_the_reference_on_the_same_items(tmp_path)
     assert found["u"].p == 1
     table.save(tmp_path / "tasks.json")
     assert TaskTable.load(tmp_path / "tasks.json") == table
+
+
+@pytest.mark.parametrize(("higher_is_better", "word"), [(True, "better"), (False, "worse"), (None, "different")])
+def test_what_is_better_is_as_the_harness_says_of_the_metric(capsys, higher_is_better, word):
+    low = [0.1 * (i % 3) for i in range(30)]
+    high = [value + 1 + 0.1 * (i % 2) for i, value in enumerate(low)]
+    asked = ("t", "word_perplexity", higher_is_better)
+    table = TaskTable.of("dense", (result("dense", low, *asked), result("pruned", high, *asked)))
+    found = table.comparisons["pruned"]["t"]
+    assert found.difference > 0
+    assert found.low > 0
+    assert (found.gained, found.lost) == ((0, 30) if word == "worse" else (30, 0))
+    assert TaskTable.from_value(table.model_dump(mode="json"), "here") == table
+    print_tasks(table)
+    assert f"pruned: {word} at t." in capsys.readouterr().out
+
+
+def test_metrics_of_both_directions_have_no_mean(capsys):
+    column = [1.0, 0.0]
+    for direction, shown in ((True, True), (False, False)):
+        print_tasks(TaskTable.of("a", (result("a", column), result("a", column, "u", "bits_per_byte", direction))))
+        assert ("mean" in capsys.readouterr().out) == shown
 
 
 def test_other_items_are_not_compared_and_metrics_without_items_are_passed_over():

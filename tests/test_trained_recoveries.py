@@ -15,6 +15,7 @@ from blockpruner import recoveries
 from blockpruner.adapters import Updates
 from blockpruner.anatomy import read_anatomy
 from blockpruner.blocks import parse_mask
+from blockpruner.closed_form import MADE_UP
 from blockpruner.errors import InputError, MachineError
 from blockpruner.examples import examples_of
 from blockpruner.factors import lora_targets
@@ -119,6 +120,12 @@ def test_a_chain_goes_on_from_what_it_has_and_says_what_each_step_did(learned):
     assert record.added_parameters == linear.added_parameters
 
 
+def test_blocks_that_were_trained_for_are_not_added_once_more(learned):
+    _, record = mended(learned, f"{LORA},linear:rank=8")
+    assert [step.applied for step in record.steps] == [True, False]
+    assert {gap.reason for gap in record.steps[1].gaps} == {MADE_UP}
+
+
 def test_what_stands_in_a_gap_is_trained_on(learned):
     _, linear = mended(learned, "linear:rank=4")
     repair, record = mended(learned, f"linear:rank=4,adapter:rank=16,loss=lm,lr=0.005,{QUICK}")
@@ -127,6 +134,7 @@ def test_what_stands_in_a_gap_is_trained_on(learned):
     weights, record = mended(learned, "linear:rank=4,continued:lr=0.0005,batch=4,accumulate=1,epochs=2")
     assert record.recovered.value < linear.recovered.value
     assert set(weights.replacements) == set(repair.replacements)
+    assert weights.made_up == MASK
 
 
 def test_a_step_that_makes_held_out_text_worse_is_left_out_unless_forced(learned, monkeypatch):

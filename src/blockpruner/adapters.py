@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blockpruner.closed_form import ClosedForm, fill_gaps, left_alone, regressors_of
+from blockpruner.closed_form import MADE_UP, ClosedForm, fill_gaps, left_alone, regressors_of
 from blockpruner.courses import Number
 from blockpruner.errors import UnsupportedModelError
 from blockpruner.examples import Examples
@@ -31,7 +31,7 @@ def train_adapters(
     """A trained map in every gap that can have one, and in those that have one; see the recovery `adapter`."""
     if loss != "block":
         check_predicts(bench.model, bench.examples)
-    closed, begun, alone = _begun(bench, options, rank, init)
+    closed, begun, alone = _begun(bench, options, rank, init, loss)
     maps = {path: live(module, options) for path, module in begun.replacements.items()}
     places = {gap.path: gap for gap in gaps(bench.anatomy, bench.mask) if gap.path in maps}
     if loss == "block":  # what stands for more than its gap has no block of its own to be like
@@ -107,7 +107,7 @@ class Updates:
         return self.weigh(part) * error / (power * len(self.seen))
 
 
-def _begun(bench: Bench, options: Trained, rank: int, init: str) -> tuple[Repair, Repair, list[GapRecord]]:
+def _begun(bench: Bench, options: Trained, rank: int, init: str, loss: str) -> tuple[Repair, Repair, list[GapRecord]]:
     """What there is without training, what training begins with, and the records of gaps that nothing can be put in."""
     repair, alone = bench.start, list[GapRecord]()
     if init == "linear":
@@ -116,6 +116,9 @@ def _begun(bench: Bench, options: Trained, rank: int, init: str) -> tuple[Repair
     axes = token_axes(bench.model)
     for number, gap in enumerate(gaps(bench.anatomy, bench.mask)):
         if repair.stands_for(gap):
+            continue
+        if loss == "block" and gap.blocks <= repair.made_up:
+            alone.append(left_alone(str(gap), gap.path, MADE_UP))
             continue
         try:
             made = _empty(bench, gap, repair, rank, axes, (options.seed * 1_000_003 + number) % 2**63)

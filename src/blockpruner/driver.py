@@ -5,7 +5,8 @@ the same decisions follow.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 from blockpruner.blocks import Mask
@@ -14,6 +15,7 @@ from blockpruner.evaluations import Evaluations
 from blockpruner.journal import Journal
 from blockpruner.searching import (
     DENSE,
+    Best,
     Chosen,
     Objective,
     Partly,
@@ -49,6 +51,7 @@ def run(
 ) -> SearchResult:
     """Run `search` until it ends, until `budget` evaluations are made, or until Ctrl-C.
 
+    Stopped by either of these it has the decisions of a nested search so far, or the best whole set that another found.
     journal: answers what it holds, and is given the rest as it is known. Its identity must hold all that a loss
     depends on: model, windows, micro-batch size, dtype, versions.
     progress: called with (done, total, message), in masks times micro-batches, before the first evaluation that the
@@ -80,20 +83,23 @@ def _follow(
     scorer: Scorer | None,
 ) -> Stop:
     """Answer the search until it ends; its decisions go into `steps`, where an interrupt does not lose them."""
-    mask, answer = DENSE, None
+    answer, rise = None, problem.target.rise
     proposals = search.propose(problem)
     while (request := _tell(proposals, answer)) is not None:
-        message = f"step {len(steps) + 1}"
+        answer = None
         match request:
-            case Chosen(move, scores, ties, loss):
-                mask, answer = mask | move.blocks, None
-                if problem.target.rise is not None and (search.nested or problem.reached(mask, len(steps) + 1)):
+            case Chosen(move):
+                mask = _gone(steps) | move.blocks
+                if rise is not None:
                     if budget is not None and sweeps.evaluated((mask,)) > budget:
                         return Stop.BUDGET
-                    if _rise(sweeps, mask) > problem.target.rise:
-                        del steps[0 if not search.nested else len(steps) :]  # chosen only together, or one by one
+                    if _rise(sweeps, mask) > rise:
                         return Stop.LOSS
-                steps.append(Step(move, sweeps.loss(mask) or loss, scores, ties))
+                steps.append(_step(request, mask, sweeps))
+            case Best(decisions):
+                found = _together(decisions, sweeps)
+                if _stands(_gone(found), sweeps, rise):
+                    steps[:] = found
             case Ranked(gone, moves):
                 if scorer is None:
                     raise InputError(f"{search.title} ranks moves by a criterion", fix="name one with --criterion")
@@ -102,8 +108,32 @@ def _follow(
                 masks = wanted if isinstance(wanted, tuple) else wanted.masks
                 if budget is not None and sweeps.evaluated(masks) > budget:
                     return Stop.BUDGET
-                answer = _evaluated(wanted, sweeps, f"{message}, {len(masks)} masks")
-    return Stop.TARGET if problem.reached(mask, len(steps)) else Stop.NO_MOVES
+                step = f"step {len(steps) + 1}, " if search.nested else ""
+                answer = _evaluated(wanted, sweeps, f"{step}{len(masks)} masks")
+    if rise is not None and not steps and not search.nested:
+        return Stop.LOSS
+    return Stop.TARGET if problem.reached(_gone(steps), len(steps)) else Stop.NO_MOVES
+
+
+def _gone(steps: Sequence[Step]) -> Mask:
+    return DENSE.union(*(step.move.blocks for step in steps))
+
+
+def _step(chosen: Chosen, mask: Mask, sweeps: Evaluations) -> Step:
+    """A decision that leads to `mask`, with the loss that is known of that."""
+    return Step(chosen.move, sweeps.loss(mask) or chosen.loss, chosen.scores, chosen.ties)
+
+
+def _together(decisions: Sequence[Chosen], sweeps: Evaluations) -> list[Step]:
+    masks = accumulate((chosen.move.blocks for chosen in decisions), frozenset.union)
+    return [_step(chosen, mask, sweeps) for chosen, mask in zip(decisions, masks, strict=True)]
+
+
+def _stands(mask: Mask, sweeps: Evaluations, rise: float | None) -> bool:
+    """Whether its loss is finite, as far as that is known, and known to be within the target if that names a loss."""
+    if sweeps.loss(mask) is None:
+        return rise is None and mask not in sweeps.known
+    return rise is None or _rise(sweeps, mask) <= rise
 
 
 def _rise(sweeps: Evaluations, mask: Mask) -> float:

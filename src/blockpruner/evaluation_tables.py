@@ -39,12 +39,17 @@ def print_tasks(tasks: TaskTable) -> None:
         shots = "" if first.shots is None else f"{first.shots}"
         cells = (_value(each[name].figure) if name in each else "-" for name in names)
         rows.append((first.ran, first.metric, shots, first.figure.n, *cells))
-    if len(rows) > 1 and len({len(column) for column in figures.values()}) == 1:
+    directions = {result.higher_is_better.get(result.metric) for result in tasks.results}
+    even = len({len(column) for column in figures.values()}) == len(directions) == 1  # else a mean says nothing
+    if even and len(rows) > 1:
         rows.append(("mean", "", "", "", *(f"{statistics.fmean(column):.4f}" for column in figures.values())))
     columns = ("task", "metric", ">shots", ">items", *(f">{name}" for name in names))
     table(f"Tasks, by lm-eval {tasks.results[0].harness}; ± standard error over items", columns, rows)
     for name, compared in tasks.comparisons.items():
         _print_comparison(name, tasks.reference, compared)
+    compared = {task for found in tasks.comparisons.values() for task in found}
+    if any("perplexity" in result.metric for result in tasks.results if result.task in compared):
+        print("Perplexities are compared by their logarithms, in nats; lower is better.")
 
 
 def _print_comparison(name: str, reference: str, compared: Mapping[str, Comparison]) -> None:
@@ -63,11 +68,9 @@ def _print_comparison(name: str, reference: str, compared: Mapping[str, Comparis
         return
     columns = ("task", ">difference", ">95 % interval", ">items gained / lost", ">p", ">p, adjusted")
     table(f"{name} beside {reference}, on the same items (exact McNemar, or sign flips; Holm)", columns, rows)
-    sure = {
-        word: [task for task, one in compared.items() if (one.adjusted or 0) <= LEVEL and sign * one.difference > 0]
-        for word, sign in (("worse", -1), ("better", 1))
-    }
-    said = [f"{word} at {', '.join(found)}" for word, found in sure.items() if found]
+    sure = {task: one.word for task, one in compared.items() if (one.adjusted or 0) <= LEVEL}
+    found = {word: [task for task in sure if sure[task] == word] for word in ("worse", "better", "different")}
+    said = [f"{word} at {', '.join(found)}" for word, found in found.items() if found]
     print(f"{name}: {'; '.join(said) or 'no task tells it from the reference'}.")
 
 

@@ -45,7 +45,9 @@ def train_lora(
         merged = {} if not trace.best(bench.force) else _merged(bench, wrapped)
     place = f"LoRA on {len(merged) if merged else len(found)} projections"
     record = record_of(bench, place, {"loss": loss, **shape, **told(options, trace, bench.force)}, trace)
-    return (replace(bench.start, weights={**bench.start.weights, **merged}) if merged else bench.start), (record,)
+    if not merged:
+        return bench.start, (record,)
+    return replace(bench.start, weights={**bench.start.weights, **merged}, made_up=bench.mask), (record,)
 
 
 def lora_targets(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, targets: str) -> dict[str, nn.Module]:

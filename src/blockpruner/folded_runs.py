@@ -54,7 +54,7 @@ def runs(anatomy: Anatomy, mask: Mask) -> list[Run]:
 def fold_runs(bench: Bench, ridge: Ridge, sinks: float, target: Target) -> tuple[Repair, tuple[GapRecord, ...]]:
     """New last projections for the blocks before the runs. InputError, with the reasons, if no run can be folded."""
     repair, records, axes = bench.start, list[GapRecord](), token_axes(bench.model)
-    reasons, places = foldable(bench.model, bench.anatomy), _open(bench)
+    reasons, places = foldable(bench.model, bench.anatomy), _open(bench, target)
     for number, run in enumerate(places):
         bench.report(number, len(places), f"fitting {run}")
         if obstacle := _obstacle(bench.anatomy, run, reasons):
@@ -69,9 +69,10 @@ def fold_runs(bench: Bench, ridge: Ridge, sinks: float, target: Target) -> tuple
     return repair, tuple(records)
 
 
-def _open(bench: Bench) -> list[Run]:
-    """The runs in which nothing stands yet."""
+def _open(bench: Bench, target: Target) -> list[Run]:
+    """The runs in which nothing stands yet, and for the target `block` those that nothing makes up for either."""
     done = [gap.blocks for gap in gaps(bench.anatomy, bench.mask) if bench.start.stands_for(gap)]
+    done += [frozenset([block]) for block in bench.start.made_up if target == "block"]
     return [run for run in runs(bench.anatomy, bench.mask) if not any(blocks <= set(run.blocks) for blocks in done)]
 
 
@@ -119,7 +120,8 @@ class _Fit:
         with reweighted(self.bench.model, self.repair.weights):
             weights = place.folded(self.bench.model, found.weight, found.bias)
         assert weights is not None  # there is a constant only where the projection has a bias
-        return replace(self.repair, weights={**self.repair.weights, **weights}), record
+        made_up = self.repair.made_up.union(self.run.blocks)
+        return replace(self.repair, weights={**self.repair.weights, **weights}, made_up=made_up), record
 
     def _chosen(self, ridge: Ridge, constant: bool) -> tuple[LinearMap, float, float]:
         """The map, its ridge, and the share of what was missing on held-out text that is still missing with it."""

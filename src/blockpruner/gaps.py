@@ -42,11 +42,14 @@ class Repair:
     """What a recovery does to a pruned model: replacements by the path of their gap, and new values of parameters.
 
     spans: of replacements that stand for more than was in their gap, by path, all the blocks that they stand for.
+    made_up: blocks that the new values of parameters make up for, so that what these would add is not what is missing
+    now; the rest, to the dense model's stream, may still be.
     """
 
     replacements: Mapping[str, Replacement] = field(default_factory=dict[str, Replacement])
     weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     spans: Mapping[str, Mask] = field(default_factory=dict[str, Mask])
+    made_up: Mask = frozenset()
 
     def stands_for(self, gap: Gap) -> bool:
         """Whether something stands in the gap already, or for it in another one."""

@@ -17,27 +17,43 @@ from transformers import PreTrainedModel
 
 
 class _Lender:
-    """Lends one layer its weights; whoever asks while they are lent shares them."""
+    """Lends one layer its weights; whoever asks while they are lent shares them.
+
+    Who has asked gives back, also where it was refused, as torch's hooks have it; what cannot be lent whole stays.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
         self._parameters = [(parameter, dtypes[name]) for name, parameter in module.named_parameters()]
         self._device = device
-        self._users = 0
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
+        self.users = 0
 
     def take(self, *_: Any) -> None:
-        self._users += 1
-        if self._users == 1:
+        self.users += 1
+        if self._kept:
+            return
+        try:
             for parameter, dtype in self._parameters:
                 self._kept.append((parameter, parameter.data))
                 parameter.data = parameter.data.to(self._device, dtype)
+        except BaseException as error:
+            self._return()
+            self.users -= not isinstance(error, Exception)  # of Ctrl-C torch tells no hook
+            raise
 
     def give_back(self, *_: Any) -> None:
-        self._users -= 1
-        if self._users == 0:
-            while self._kept:
-                parameter, data = self._kept.pop()
-                parameter.data = data
+        self.leave(self.users - 1)
+
+    def leave(self, users: int) -> None:
+        """So many are left who asked."""
+        self.users = users
+        if not users:
+            self._return()
+
+    def _return(self) -> None:
+        while self._kept:
+            parameter, data = self._kept.pop()
+            parameter.data = data
 
 
 _lenders: WeakKeyDictionary[nn.Module, _Lender] = WeakKeyDictionary()
@@ -75,11 +91,12 @@ def at_hand(module: nn.Module) -> Iterator[None]:
     if lender is None:
         yield
         return
-    lender.take()
+    users = lender.users
     try:
+        lender.take()
         yield
     finally:
-        lender.give_back()
+        lender.leave(users)  # also where Ctrl-C has ended a call
 
 
 def lends(model: nn.Module) -> bool:

@@ -27,7 +27,8 @@ class Point(Record):
 
     parameters; cache_bytes: key/value bytes per token; time: share of the dense model's, by measured costs or counted
     operations (see `Pareto.time`), None where these are not known; best_in: axes on which no other point is at least
-    as good in both loss and that.
+    as good in both loss and that. recovery: that of the search, with which its blocks were chosen; recovered: whether
+    the loss is with what it put in their place, too, which parameters, cache and time leave out.
     """
 
     plan: str
@@ -39,6 +40,15 @@ class Point(Record):
     cache_bytes: int
     time: float | None
     best_in: tuple[Axis, ...] = ()
+    recovery: str | None = None
+    recovered: bool = False
+
+    @property
+    def title(self) -> str:
+        """The plan, and what stands in the place of its blocks: plans with other recoveries are other models."""
+        if self.recovery is None:
+            return self.plan
+        return f"{self.plan} + {self.recovery}" if self.recovered else f"{self.plan} (found with {self.recovery})"
 
     def on(self, axis: Axis) -> float | None:
         return {"parameters": self.parameters, "cache_bytes": self.cache_bytes, "time": self.time}[axis]
@@ -95,7 +105,7 @@ class Pareto(Artifact):
 
 def front(points: Sequence[Point], axis: Axis) -> list[int]:
     """Numbers of the points that no other is at least as good as in both, and better in one; by rising cost."""
-    known = _known(points, axis)
+    known = pairs_on(points, axis)
     order = sorted(known, key=lambda place: known[place])
     found: list[int] = []
     for place in order:
@@ -109,7 +119,7 @@ def knee(points: Sequence[Point], places: Sequence[int], axis: Axis) -> int | No
 
     None where the front has no point between its ends that lies below the line.
     """
-    known = _known(points, axis)
+    known = pairs_on(points, axis)
     if len(places) < 3:
         return None
     (x0, y0), (x1, y1) = known[places[0]], known[places[-1]]
@@ -120,12 +130,12 @@ def knee(points: Sequence[Point], places: Sequence[int], axis: Axis) -> int | No
 
 def within(points: Sequence[Point], axis: Axis, budget: float) -> int | None:
     """The cheapest point whose loss rises by at most `budget`; of equally cheap ones that of lowest loss."""
-    known = _known(points, axis)
+    known = pairs_on(points, axis)
     fitting = [place for place in known if (rise := points[place].rise) is not None and rise <= budget]
     return min(fitting, key=known.__getitem__, default=None)
 
 
-def _known(points: Sequence[Point], axis: Axis) -> dict[int, tuple[float, float]]:
+def pairs_on(points: Sequence[Point], axis: Axis) -> dict[int, tuple[float, float]]:
     """(cost, loss) of the points that have both."""
     pairs = {place: (point.on(axis), point.loss) for place, point in enumerate(points)}
     return {place: (cost, loss.value) for place, (cost, loss) in pairs.items() if cost is not None and loss is not None}
@@ -148,7 +158,8 @@ def pareto_of(
     """The points of all depths of `plans`, by name, on the model of `subject`.
 
     costs: of the blocks, in seconds; without them, time is the share of operations that was counted. judge: evaluates
-    masks by name, all on one text; without it, the losses are those that the plans recorded.
+    masks by name, all on one text and without recoveries; without it, the losses are those that the plans recorded,
+    with the recoveries of their searches, as the points say.
     InputError if these are from different data, so that they do not compare.
     """
     masks = {("dense", 0): frozenset[Any]()}
@@ -161,7 +172,14 @@ def pareto_of(
         found = judge({f"{name} {depth}": mask for (name, depth), mask in masks.items()})
         losses = {key: found[f"{key[0]} {key[1]}"] for key in masks}
     dense = losses["dense", 0]
-    points = [_point(subject, key, mask, losses[key], dense, costs) for key, mask in masks.items()]
+    recoveries = {name: plan.method and plan.method.recovery for name, plan in plans.items()}
+    points = [
+        _point(subject, key, mask, losses[key], dense, costs).model_copy(
+            update={"recovery": recovery, "recovered": recovery is not None and judge is None}
+        )
+        for key, mask in masks.items()
+        for recovery in [recoveries.get(key[0]) if mask else None]
+    ]
     time = "share of counted operations of a short pass" if costs is None else f"seconds, {costs.source}"
     return Pareto.of(points, model=subject.identity.name, judged_by=judged_by, time=time, budget=budget)
 
@@ -194,16 +212,22 @@ def _dense(plans: Mapping[str, Plan]) -> Estimate | None:
 
 
 def _same_judge(plans: Mapping[str, Plan]) -> str:
-    """What the recorded losses are from; InputError if from different data or measures."""
+    """What the recorded losses are from; InputError if from different data or measures.
+
+    A search with a recovery fits it on one half of its text, and has losses of the other half alone.
+    """
     judges = {
         (plan.calibration or {}).get("fingerprint") or name: (plan.calibration or {}).get("source")
         for name, plan in plans.items()
     }
     measures = {plan.method.objective for plan in plans.values() if plan.method is not None}
-    if len(judges) > 1 or len(measures) > 1:
+    halves = {plan.method is not None and plan.method.recovery is not None for plan in plans.values()}
+    if len(judges) > 1 or len(measures) > 1 or len(halves) > 1:
+        alike = len(judges) == len(measures) == 1
+        half = " (with a recovery, they are of half the text)" if alike else ""
         raise InputError(
-            f"the losses of {', '.join(plans)} are from different data or objectives, so they do not compare",
-            fix="add --data SOURCE, to evaluate all of them on one text",
+            f"the losses of {', '.join(plans)} are from different data or objectives{half}, so they do not compare",
+            fix="add --data SOURCE, to evaluate all of them on one text, without recoveries",
         )
     if all(step.loss is None for plan in plans.values() for step in plan.steps):
         raise InputError(f"{', '.join(plans)} recorded no losses", fix="add --data SOURCE, to evaluate them")

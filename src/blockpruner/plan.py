@@ -45,7 +45,10 @@ class ModelIdentity(Record):
 class Method(Record):
     """How a plan was found, in the words of the command line.
 
-    criterion: of a search that ranks; recovery: what stood in the place of removed blocks in all losses but the dense.
+    criterion: of a search that ranks; recovery: what stood in the place of removed blocks in all losses but the dense;
+    windows: of the calibration, from the first (counted from 0) up to the second, that all losses are of, the dense one
+    too, where a recovery was fitted on the others; null where losses are of all windows, and in plans with a recovery
+    from versions that did not write it (then the last half).
     """
 
     search: str
@@ -57,6 +60,7 @@ class Method(Record):
     seed: int
     dtype: str
     recovery: str | None = None
+    windows: tuple[int, int] | None = None
 
 
 class PlanStep(Record):
@@ -134,6 +138,7 @@ class Plan(Artifact):
         problem: Problem,
         objective: str,
         recovery: str | None = None,
+        windows: tuple[int, int] | None = None,
         seed: int,
         dtype: str,
         model: ModelIdentity | None = None,
@@ -150,6 +155,7 @@ class Plan(Artifact):
             seed=seed,
             dtype=dtype,
             recovery=recovery,
+            windows=windows,
         )
         steps = tuple(
             PlanStep(

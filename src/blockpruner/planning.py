@@ -169,8 +169,8 @@ def find_plan(
 ) -> Plan:
     """Search, and leave journal.jsonl and plan.json in the run folder; a killed run resumes when it is called again.
 
-    Without a run folder nothing is written. budget: evaluations at most. Ctrl-C ends in the plan of the steps so far,
-    whose stop_reason says so. crew: workers that find the losses; the plan is the same.
+    Without a run folder nothing is written. budget: evaluations at most. Ctrl-C ends in the plan of what was found by
+    then, whose stop_reason says so. crew: workers that find the losses; the plan is the same.
     InputError where workers are to find losses with replacements.
     RunFolderError when the folder is in use, or was begun with another model, data, method or version.
     """
@@ -203,6 +203,7 @@ def find_plan(
             problem=task.problem,
             objective=format_method(task.objective.measure, OBJECTIVES),
             recovery=task.replacing and task.replacing.text,
+            windows=task.replacing and task.replacing.windows,
             seed=task.seed,
             dtype=task.subject.dtype,
             model=task.subject.identity,

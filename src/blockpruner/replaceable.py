@@ -75,6 +75,11 @@ class Replacing:
         return self._made[key]
 
     @property
+    def windows(self) -> tuple[int, int]:
+        """Those of all windows, from the first up to the second, that losses are of."""
+        return len(self.fit), len(self.fit) + len(self.held_out)
+
+    @property
     def identity(self) -> str:
         """What a loss depends on beside the mask and the examples."""
         return f"{self.text}, fitted on the first {len(self.fit)} windows, losses of the other {len(self.held_out)}"

@@ -130,6 +130,16 @@ class Chosen:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best whole set of decisions so far, of which the last reaches the target; it takes the place of any before.
+
+    So that a search which decides only at its end leaves a plan wherever it is stopped.
+    """
+
+    decisions: tuple[Chosen, ...]
+
+
+@dataclass(frozen=True)
 class Partly:
     """Masks to be evaluated on some micro-batches alone, by their numbers: for looks that need not be exact."""
 
@@ -154,7 +164,7 @@ class Ranked:
 
 
 Losses = Mapping[Mask, Estimate | None]
-Request = tuple[Mask, ...] | Partly | Pieces | Ranked | Chosen
+Request = tuple[Mask, ...] | Partly | Pieces | Ranked | Chosen | Best
 Proposals = Generator[Request, Any, None]
 Scorer = Callable[[Mask, Sequence[Move]], Scores]
 
@@ -176,7 +186,8 @@ class Search(Protocol):
 
         Yield `Pieces` to be sent, by mask, the values on some micro-batches, NaN and all.
 
-        Yield `Chosen` for each decision, in order; it is sent None. The decisions are the plan.
+        Where it is nested: yield `Chosen` for each decision, in order. Where not: yield `Best` whenever there is a
+        better one, and at the end, once its mask is evaluated on everything. Both are sent None, and are the plan.
         Deterministic: randomness comes from a seed and the number of the step, never from a generator kept between.
         """
         ...
@@ -192,8 +203,8 @@ class Stop(StrEnum):
     TARGET = "the target is reached"
     NO_MOVES = "no move is left"
     LOSS = "one more step would raise the loss by more than the target allows"
-    BUDGET = "the budget of evaluations is used up"
-    INTERRUPTED = "interrupted; the steps so far are a usable plan"
+    BUDGET = "the budget of evaluations is used up; the steps are the best found within it"
+    INTERRUPTED = "interrupted; the steps are the best found so far"
 
 
 @dataclass(frozen=True)

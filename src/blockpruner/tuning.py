@@ -76,7 +76,7 @@ def tuned(
     if not trace.best(bench.force):
         return start, trace
     made = {path: still(module, model) for path, module in maps.items()}
-    return replace(start, replacements={**start.replacements, **made}, weights=weights), trace
+    return replace(start, replacements={**start.replacements, **made}, weights=weights, made_up=bench.mask), trace
 
 
 def trained(

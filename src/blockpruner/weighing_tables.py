@@ -35,6 +35,8 @@ def _print_cell(found: Benchmark, cell: Cell) -> None:
     limit = () if found.limit is None else (">largest batch", ">largest context")
     rows = [(*_memory(one), *(_most(one) if limit else ())) for one in cell.contestants]
     table("Memory", ("model", ">weights", ">cache at the end", ">cache after prefill", ">peak beside it", *limit), rows)
+    if limit and any(one.largest_context == one.longest_context is not None for one in cell.contestants):
+        print("Largest context, its own: more would fit, but the model reads no further.")
 
 
 def _memory(one: Figures) -> tuple[str, ...]:
@@ -51,15 +53,18 @@ def _memory(one: Figures) -> tuple[str, ...]:
 
 def _most(one: Figures) -> tuple[str, str]:
     batch, context = one.largest_batch, one.largest_context
-    return "any" if batch is None else f"{batch:,}", "any" if context is None else f"{context:,}"
+    own = ", its own" if context == one.longest_context is not None else ""
+    return "any" if batch is None else f"{batch:,}", "any" if context is None else f"{context:,}{own}"
 
 
 def print_pareto(pareto: Pareto) -> None:
     """Every point, and where to begin."""
+    searched = any(point.recovery for point in pareto.points)
     rows = [
         (
             number,
             point.plan,
+            *((_recovery(point),) if searched else ()),
             point.depth,
             point.removed,
             f"{point.parameters:,}",
@@ -71,9 +76,21 @@ def print_pareto(pareto: Pareto) -> None:
         )
         for number, point in enumerate(pareto.points)
     ]
-    columns = (">steps", ">blocks gone", ">parameters", ">KV B/token", ">time", ">loss", ">rise", "not beaten in")
+    columns = (
+        *(("recovery",) if searched else ()),
+        ">steps",
+        ">blocks gone",
+        ">parameters",
+        ">KV B/token",
+        ">time",
+        ">loss",
+        ">rise",
+        "not beaten in",
+    )
     table(f"{pareto.model}: losses by {pareto.judged_by}", (">#", "plan", *columns), rows)
     print(f"Time: {pareto.time}; dense = 1.")
+    if any(point.recovered for point in pareto.points):
+        print("Losses are with the recovery; what it puts in the place of blocks is in none of the other columns.")
     for one in pareto.advice:
         for name, place in {"knee": one.knee, f"cheapest within +{pareto.budget:g}": one.within}.items():
             if place is not None:
@@ -81,7 +98,13 @@ def print_pareto(pareto: Pareto) -> None:
 
 
 def _named(point: Point) -> str:
-    return point.plan if point.depth == 0 else f"{point.plan}, first {point.depth} steps"
+    return point.title if point.depth == 0 else f"{point.title}, first {point.depth} steps"
+
+
+def _recovery(point: Point) -> str:
+    if point.recovery is None or point.recovered:
+        return point.recovery or "-"
+    return f"none here; found with {point.recovery}"
 
 
 def _seconds(timing: Timing) -> str:

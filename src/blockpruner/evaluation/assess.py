@@ -148,8 +148,9 @@ class _Work:
         return self.harness.run(model, one.tokenizer, task, contestant=name, computation=digest, **how)
 
     def _settings(self, name: str, task: Task) -> dict[str, object]:
-        version = self.harness.version if self.harness else ""
-        run = {"limit": self.wanted.limit, "batch": self.wanted.batch, "harness": version}
+        assert self.harness is not None
+        by = {"harness": self.harness.version, "definition": self.harness.definition(task.name)}
+        run = {"limit": self.wanted.limit, "batch": self.wanted.batch, **by}
         return {"contestant": name, "task": task.name, "ran": self.tasks[task.name], "shots": task.shots, **run}
 
     def _writings(self, name: str, one: Contestant, model: PreTrainedModel, digest: str) -> Written:

@@ -1,10 +1,13 @@
 """What each block costs in the workload of a target: counted bytes, seconds measured here, or computed for a card."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from scipy.special import erfcx
 
 from blockpruner.blocks import Block
 from blockpruner.costs import Card, Costs, CostTable
@@ -19,6 +22,7 @@ from blockpruner.subject import Subject
 from blockpruner.targets import Goals, Memory, Speed
 
 ROUNDS, NEW = 7, 8
+TICK = 1e-9  # seconds; no clock is finer
 MEASURED = "measured on this"  # how the source of such costs begins; what is computed for a card is not kept
 
 
@@ -66,7 +70,9 @@ def measured(subject: Subject, speed: Speed, ledger: Ledger, progress: Progress 
     """Seconds of the workload of `speed` on this machine, and of each block in it.
 
     Blocks of one kind and size are taken for equal. Of each such class every second block is left out at once, in turns
-    with the whole model; cost of a block = median over rounds of (whole - without) / number left out, at least 0.
+    with the whole model; cost of a block = what `saving` makes of (whole - without) by rounds / number left out, all
+    together no more than the whole. So no block costs nothing or less, which no search could reckon with; the source
+    names classes that are not told from nothing (below two standard errors).
     """
     classes = alike(ledger)
     named = {f"without {len(some)} x {some[0]}": some for blocks in classes for some in [blocks[::2]]}
@@ -74,10 +80,29 @@ def measured(subject: Subject, speed: Speed, ledger: Ledger, progress: Progress 
     protocol = Protocol(speed.batch, speed.context, NEW if speed.phase == "decode" else 1, ROUNDS)
     whole, *without = (_seconds(runs, speed) for runs in interleaved(contestants, protocol, progress))
     each: dict[Block, float] = {}
+    unclear: list[str] = []
     for blocks, some, times in zip(classes, named.values(), without, strict=True):
-        saved = median(a - b for a, b in zip(whole, times, strict=True)) / len(some)
-        each |= dict.fromkeys(blocks, max(0.0, saved))
-    return Costs(median(whole), each, {}, "seconds", f"{MEASURED} {subject.model.device.type}, {ROUNDS} rounds")
+        saved, clear = saving([a - b for a, b in zip(whole, times, strict=True)])
+        each |= dict.fromkeys(blocks, saved / len(some))
+        unclear += [] if clear else [f"{blocks[0]} and its like" if len(blocks) > 1 else str(blocks[0])]
+    most = median(whole) / max(median(whole), math.fsum(each.values()))
+    source = f"{MEASURED} {subject.model.device.type}, {ROUNDS} rounds"
+    source += f"; not told from nothing: {', '.join(unclear)}" if unclear else ""
+    return Costs(median(whole), {block: most * cost for block, cost in each.items()}, {}, "seconds", source)
+
+
+def saving(gaps: Sequence[float]) -> tuple[float, bool]:
+    """What is saved, from differences of seconds by rounds, above 0; and whether it is told from nothing.
+
+    x = median of the gaps, s = its standard error, 1.2533 * 1.4826 * median |gap - x| / sqrt(rounds), which an outlier
+    does not move, and no less than a tick of the clock. What is saved is above 0 and otherwise unknown before, so the
+    mean of a normal distribution at x with that s, cut off at 0: s (z + phi(z) / Phi(z)), z = x / s. That is x where x
+    is clear, 0.8 s where x is 0, and less below; z under -3 is taken for -3, so that it is never nothing.
+    """
+    x = median(gaps)
+    s = max(TICK, 1.2533 * 1.4826 * median(abs(gap - x) for gap in gaps) / math.sqrt(len(gaps)))
+    z = max(x / s, -3.0)
+    return s * (z + math.sqrt(2 / math.pi) / float(erfcx(-z / math.sqrt(2)))), z > 2
 
 
 def alike(ledger: Ledger) -> list[list[Block]]:

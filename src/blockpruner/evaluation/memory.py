@@ -47,11 +47,14 @@ class Footprint:
         each = self.cache(context)
         return max(0, limit - self.weights) // each if each else None
 
-    def largest_context(self, limit: int, batch: int = 1) -> int | None:
-        """The longest context of `batch` sequences that fits into `limit` bytes, 0 if none does; None: no limit."""
-        low, high = 0, MOST_TOKENS
+    def largest_context(self, limit: int, batch: int = 1, longest: int | None = None) -> int | None:
+        """The longest context of `batch` sequences that fits into `limit` bytes, 0 if none does; None: no limit.
+
+        longest: that the model can read, beyond which nothing is looked at; None where it is not known.
+        """
+        low, high = 0, MOST_TOKENS if longest is None else longest
         if self.total(high, batch) <= limit:
-            return None
+            return longest
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.total(middle, batch) <= limit else (low, middle)

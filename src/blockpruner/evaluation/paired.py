@@ -22,8 +22,9 @@ _CHUNK = 2_000_000  # numbers drawn at once
 class Comparison(Record):
     """A contestant minus the reference on the same n items, in the unit of their values; low, high: 95 % interval.
 
-    p: two-sided, of the null hypothesis that neither is better; gained, lost: items on which the contestant's value is
-    higher, lower; test: see `compare`; adjusted: p after Holm's correction over the tasks compared together.
+    p: two-sided, of the null hypothesis that neither is better; gained, lost: items on which the contestant is better,
+    worse; test: see `compare`; adjusted: p after Holm's correction over the tasks compared together. higher_is_better:
+    of the values; None where nobody says, gained and lost are then the items on which they are higher, lower.
     """
 
     n: int
@@ -36,9 +37,21 @@ class Comparison(Record):
     lost: int
     test: Literal["mcnemar", "sign flips"]
     adjusted: float | None = None
+    higher_is_better: bool | None = True
+
+    @property
+    def word(self) -> Literal["better", "worse", "different", "the same"]:
+        """What the difference makes of the contestant, chance or not."""
+        if not self.difference:
+            return "the same"
+        if self.higher_is_better is None:
+            return "different"
+        return "better" if (self.difference > 0) == self.higher_is_better else "worse"
 
 
-def compare(reference: Sequence[float], contestant: Sequence[float], seed: int = 0) -> Comparison:
+def compare(
+    reference: Sequence[float], contestant: Sequence[float], seed: int = 0, *, higher_is_better: bool | None = True
+) -> Comparison:
     """`contestant` beside `reference`, both with one value per item in the same order, at least one item.
 
     Values that are all 0 or 1: McNemar's test, exact: under the null hypothesis each item on which the two differ falls
@@ -49,12 +62,13 @@ def compare(reference: Sequence[float], contestant: Sequence[float], seed: int =
     if len(reference) != len(contestant) or not len(reference):
         raise ValueError(f"{len(reference)} and {len(contestant)} values are no pairs")
     gaps = np.asarray(contestant, dtype=float) - np.asarray(reference, dtype=float)
-    n, gained, lost = len(gaps), int((gaps > 0).sum()), int((gaps < 0).sum())
+    n, higher, lower = len(gaps), int((gaps > 0).sum()), int((gaps < 0).sum())
     difference = math.fsum(gaps) / n
     stderr = float(gaps.std(ddof=1)) / math.sqrt(n) if n > 1 else None
     binary = {*map(float, reference), *map(float, contestant)} <= {0.0, 1.0}
-    p = mcnemar(gained, lost) if binary else _sign_flips(gaps, seed)
-    low, high = _adjusted_wald(gained, lost, n) if binary else _percentiles(gaps, seed)
+    p = mcnemar(higher, lower) if binary else _sign_flips(gaps, seed)
+    low, high = _adjusted_wald(higher, lower, n) if binary else _percentiles(gaps, seed)
+    gained, lost = (lower, higher) if higher_is_better is False else (higher, lower)
     return Comparison(
         n=n,
         difference=difference,
@@ -65,6 +79,7 @@ def compare(reference: Sequence[float], contestant: Sequence[float], seed: int =
         gained=gained,
         lost=lost,
         test="mcnemar" if binary else "sign flips",
+        higher_is_better=higher_is_better,
     )
 
 
@@ -92,8 +107,8 @@ def together(found: Mapping[str, Comparison]) -> dict[str, Comparison]:
     return {name: one.model_copy(update={"adjusted": adjusted[name]}) for name, one in found.items()}
 
 
-def _adjusted_wald(gained: int, lost: int, n: int) -> tuple[float, float]:
-    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+def _adjusted_wald(higher: int, lower: int, n: int) -> tuple[float, float]:
+    up, down = (higher + 1) / (n + 2), (lower + 1) / (n + 2)
     half = NormalDist().inv_cdf((1 + LEVEL) / 2) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     return max(-1.0, up - down - half), min(1.0, up - down + half)
 

@@ -19,6 +19,7 @@ from blockpruner.evaluation.compute import prefill_flops
 from blockpruner.evaluation.memory import Ledger, filled_cache, held_bytes, random_inputs, read_ledger
 from blockpruner.evaluation.peaks import peak_memory
 from blockpruner.evaluation.timing import Protocol, Run, SpeedUp, Timing, clock_of, inputs_for, timed
+from blockpruner.limits import context
 from blockpruner.searching import Progress
 from blockpruner.subject import Subject
 from blockpruner.surgery import skipped
@@ -48,7 +49,8 @@ class Figures(Record):
     / operations of this one; of_ideal: measured / ideal. weights_bytes; cache_bytes: at the end, counted;
     cache_bytes_measured: in the cache after a prefill of `context` tokens, and cache_bytes_counted for the same;
     peak_bytes: what a run took beside what was held before it, None with a reason where that is not known.
-    largest_batch, largest_context: within the limit that was given; null without one, or where nothing bounds it.
+    largest_batch, largest_context: within the limit that was given; null without one, or where nothing bounds it. No
+    context is beyond longest_context, that which the model can read, null where it does not say.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Figures(Record):
     peak_reason: str | None
     largest_batch: int | None
     largest_context: int | None
+    longest_context: int | None = None
 
 
 class Cell(Record):
@@ -193,7 +196,9 @@ def _speed(
     both = len(decodes[0]) == len(decodes[1]) > 0
     ideal = all_of_it / left if all_of_it and left else None
     feet = ledger.footprint(one.mask)
-    model, longest = one.subject.model, protocol.context + protocol.new
+    model, needed = one.subject.model, protocol.context + protocol.new
+    longest = context(model)
+    needed = needed if longest is None else min(needed, longest)
     with one.present():
         held = filled_cache(model, random_inputs(model, protocol.batch, protocol.context))
         measured = None if held is None else held_bytes(held)
@@ -210,11 +215,12 @@ def _speed(
         decode_speedup=SpeedUp.of(*decodes) if both else None,
         ideal_speedup=ideal,
         of_ideal=None if ideal is None else prefill.median / ideal,
-        cache_bytes=feet.cache(longest, protocol.batch),
+        cache_bytes=feet.cache(needed, protocol.batch),
         cache_bytes_counted=feet.cache(protocol.context, protocol.batch),
         cache_bytes_measured=measured,
         peak_bytes=taken.peak,
         peak_reason=taken.reason,
-        largest_batch=None if limit is None else feet.largest_batch(limit, longest),
-        largest_context=None if limit is None else feet.largest_context(limit, protocol.batch),
+        largest_batch=None if limit is None else feet.largest_batch(limit, needed),
+        largest_context=None if limit is None else feet.largest_context(limit, protocol.batch, longest),
+        longest_context=longest,
     )

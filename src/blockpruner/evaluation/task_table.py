@@ -3,13 +3,18 @@
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
+from pydantic import Field
+
 from blockpruner.artifacts import Artifact, Estimate, Record
 from blockpruner.errors import CheckFailedError
 from blockpruner.evaluation.paired import Comparison, compare, together
 
 
 class Items(Record):
-    """The items of one task in their order. docs: a digest of each; values: metric -> a number for each."""
+    """The items of one task in their order. docs: a digest of each; values: metric -> a number for each.
+
+    The numbers go the way of their metric: of perplexities they are negative log-likelihoods, see `tasks`.
+    """
 
     docs: tuple[str, ...]
     values: dict[str, tuple[float, ...]]
@@ -25,6 +30,8 @@ class TaskResult(Record):
 
     task: as asked for; ran: what the harness calls it; metric: the one to look at, among `metrics`; n: items.
     items: by task, several for a group; shots, limit, batch, harness (its version), dtype, computation: how it was run.
+    definition: what says what the task is, see `Harness.definition`; higher_is_better: by metric, as the harness has
+    it, None or not there where it does not say.
     """
 
     contestant: str
@@ -39,6 +46,8 @@ class TaskResult(Record):
     harness: str
     dtype: str
     computation: str
+    definition: str = ""
+    higher_is_better: dict[str, bool | None] = Field(default_factory=dict)
 
     def by(self, metric: str | None) -> Self:
         """The same, looked at by another metric."""
@@ -96,4 +105,5 @@ def _beside(reference: TaskResult, other: TaskResult) -> Comparison | None:
             f"{reference.contestant} and {other.contestant} did not have the same items of {other.task}",
             fix="evaluate both again, in a new run folder",
         )
-    return compare(list(mine.values()), [its[key] for key in mine])
+    direction = other.higher_is_better.get(other.metric)
+    return compare(list(mine.values()), [its[key] for key in mine], higher_is_better=direction)

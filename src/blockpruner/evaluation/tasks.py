@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,12 @@ from typing import Any, cast
 from blockpruner.artifacts import Estimate
 from blockpruner.errors import CheckFailedError, InputError, MachineError, missing_extra
 from blockpruner.evaluation.suites import Task
+from blockpruner.evaluation.task_files import digest_of
 from blockpruner.evaluation.task_table import Items, TaskResult, usual_metric
 
 LOCAL = "local_"  # an include path that holds local_piqa stands in for piqa
+OWN = "lm-eval"  # what defines the tasks that the harness brings
+_BY_LENGTH = {"word_perplexity": 1.0, "byte_perplexity": 1.0, "bits_per_byte": math.log(2)}  # nats in their unit
 
 
 class Harness:
@@ -49,6 +52,10 @@ class Harness:
             return self._manager(include_path=str(self.include_path), include_defaults=False)
 
     @cached_property
+    def _digest(self) -> str:
+        return digest_of(self.include_path) if self.include_path is not None else ""
+
+    @cached_property
     def _own(self) -> Any:
         with _quiet():
             return self._manager()
@@ -71,6 +78,13 @@ class Harness:
                 fix=f"{guess}`lm-eval ls tasks` lists them; for files of your own give --include-path FOLDER",
             )
         return name, self._own
+
+    def definition(self, name: str) -> str:
+        """What says what the task `name` is, beside the harness and its version: OWN, or a digest of the include path.
+
+        Results of tasks of one name compare, and stand in for each other, only where this is the same.
+        """
+        return self._digest if self.include_path is not None and self.find(name)[1] is self._added else OWN
 
     def run(
         self,
@@ -99,10 +113,11 @@ class Harness:
                 limit=limit,
                 log_samples=True,
             )
-        items = {leaf: _items(samples) for leaf, samples in found["samples"].items()}
+        items = {leaf: _items(samples, found["results"].get(leaf, {})) for leaf, samples in found["samples"].items()}
         if name not in found["results"]:
             raise InputError(f"{name} is a name for several tasks", fix=f"name them: {', '.join(sorted(items))}")
         metrics = _metrics(found["results"][name], sum(len(leaf.docs) for leaf in items.values()), contestant, name)
+        directions = found["higher_is_better"].get(name, {})
         return TaskResult(
             contestant=contestant,
             task=task.name,
@@ -116,6 +131,8 @@ class Harness:
             harness=self.version,
             dtype=str(model.dtype).removeprefix("torch."),
             computation=computation,
+            definition=self.definition(task.name),
+            higher_is_better={metric: directions.get(metric.partition(",")[0]) for metric in metrics},
         )
 
 
@@ -143,26 +160,47 @@ def _metrics(row: Mapping[str, Any], n: int, contestant: str, task: str) -> dict
     return found
 
 
-def _items(samples: list[dict[str, Any]]) -> Items:
-    """One row per item, whatever the number of filters; metrics that are no single number per item are left out."""
+def _items(samples: list[dict[str, Any]], whole: Mapping[str, Any]) -> Items:
+    """One row per item, whatever the number of filters; metrics that are no single number per item are left out.
+
+    whole: the metrics of the task, by the harness's keys.
+    """
     docs: dict[int, str] = {}
-    values: dict[str, dict[int, float]] = {}
+    values: dict[tuple[str, str], dict[int, Any]] = {}
     for sample in samples:
         docs[sample["doc_id"]] = str(sample["doc_hash"])[:16]
         for name in sample["metrics"]:
-            value = sample[name]
-            if isinstance(value, bool | int | float) or getattr(value, "shape", None) == ():
-                values.setdefault(_key(name, sample["filter"]), {})[sample["doc_id"]] = float(value)
+            values.setdefault((name, sample["filter"]), {})[sample["doc_id"]] = sample[name]
     order = sorted(docs)
-    whole = {
-        name: column
-        for name, column in values.items()
-        if len(column) == len(order) and all(map(math.isfinite, column.values()))
+    columns = {
+        _key(*key): _numbers(key[0], [column[number] for number in order], whole.get(",".join(key)))
+        for key, column in values.items()
+        if len(column) == len(order)
     }
     return Items(
         docs=tuple(docs[number] for number in order),
-        values={name: tuple(column[number] for number in order) for name, column in whole.items()},
+        values={name: tuple(column) for name, column in columns.items() if column and all(map(math.isfinite, column))},
     )
+
+
+def _numbers(metric: str, values: Sequence[Any], whole: Any) -> list[float] | None:
+    """A number for each item that goes the way of the metric: up where that goes up; None where there is no such.
+
+    The harness has log-likelihoods for items of perplexities, which go the other way: these are negated, in nats. A
+    (log-likelihood, length) of a document becomes its part of the mean over all words or bytes,
+    -log-likelihood * documents / length of all, in bits for bits_per_byte: the logarithm of a perplexity is their mean.
+    """
+    nats = _BY_LENGTH.get(metric)
+    if nats and all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
+        length = math.fsum(value[1] for value in values) / len(values)
+        return [-value[0] / (length * nats) for value in values] if length > 0 else None
+    if not all(isinstance(value, bool | int | float) or getattr(value, "shape", None) == () for value in values):
+        return None
+    numbers = [float(value) for value in values]
+    of_logs = metric == "perplexity" and isinstance(whole, int | float) and whole > 0
+    if of_logs and math.isclose(math.log(whole), -math.fsum(numbers) / len(numbers), rel_tol=1e-6, abs_tol=1e-9):
+        return [-number for number in numbers]
+    return numbers
 
 
 def _key(metric: str, kind: str) -> str:

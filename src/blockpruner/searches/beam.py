@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from blockpruner.blocks import Mask, Move
 from blockpruner.errors import InputError
 from blockpruner.racing import Race
-from blockpruner.searching import DENSE, Chosen, Losses, Problem, Proposals, Request, lowest
+from blockpruner.searching import DENSE, Best, Chosen, Losses, Problem, Proposals, Request, lowest
 
 Path = tuple[Chosen, ...]
 
@@ -29,8 +29,8 @@ class Beam:
     race: the `width` best of each step are found by a race (see `racing`), from which the losses of its steps are; what
     wins in the end is decided by full evaluations.
 
-    Cost: with m moves at the start and k steps, at most m + width * (k-1) * (m - k/2) evaluations. Nothing is decided
-    before the end: what is stopped earlier leaves no plan, and goes on from its journal when it is run again.
+    Cost: with m moves at the start and k steps, at most m + width * (k-1) * (m - k/2) evaluations. What is stopped
+    before a mask has reached the target leaves no plan, and goes on from its journal when it is run again.
     """
 
     width: int = 4
@@ -57,9 +57,10 @@ class Beam:
             known: Losses = (yield done) if done else {}
             ended += [(loss.value, grown[mask]) for mask, loss in known.items() if loss is not None]
             beams = {mask: grown[mask] for mask in best if mask not in done}
-            if not beams and not ended:
+            if ended:
+                yield Best(min(ended, key=lambda end: end[0])[1])
+            elif not beams:
                 lowest({Move(mask): None for mask in known or grown})  # fails, and names them
-        yield from min(ended, key=lambda end: end[0])[1]
 
     def evaluations(self, problem: Problem) -> int:
         """An upper bound, since masks that several beams lead to are evaluated once; with width 1 as `exhaustive`."""

@@ -1,7 +1,7 @@
 """Every mask there is: the truth that other searches are held to."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import ClassVar
@@ -10,7 +10,7 @@ from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Mask, Move
 from blockpruner.errors import InputError
 from blockpruner.searches.one_shot import gone
-from blockpruner.searching import DENSE, Chosen, Problem, Proposals, lowest
+from blockpruner.searching import DENSE, Best, Chosen, Problem, Proposals, lowest
 
 CHUNK = 64
 
@@ -24,10 +24,10 @@ class Enumeration:
     the number of moves, then by their places in tie order.
 
     limit: InputError, with the number, if there are more masks, or more than so many on one level on the way.
-    The scores of a step are the losses with another move in its place. Nothing is decided before the end, so a run
-    that is interrupted or out of budget has no plan; with a journal, it goes on from there.
+    The scores of a step are the losses with another move in its place.
 
-    Cost: for k of m moves, m! / (k! (m-k)!) evaluations, in sweeps of 64.
+    Cost: for k of m moves, m! / (k! (m-k)!) evaluations, in sweeps of 64. What is stopped earlier leaves the best of
+    the sweeps so far.
     """
 
     limit: int = 5000
@@ -43,8 +43,10 @@ class Enumeration:
         losses: dict[Mask, Estimate | None] = {}
         for start in range(0, len(masks), CHUNK):
             losses |= yield masks[start : start + CHUNK]
-        best = lowest({Move(mask): losses[mask] for mask in masks}).blocks
-        yield from in_place(problem, ways[best], losses)
+            finite = {mask: loss.value for mask, loss in losses.items() if loss is not None}
+            if finite:
+                yield in_place(problem, ways[min(finite, key=finite.__getitem__)], losses)
+        lowest({Move(mask): loss for mask, loss in losses.items()})  # fails if none is finite
 
     def evaluations(self, problem: Problem) -> int:
         """Exact."""
@@ -79,10 +81,12 @@ class Enumeration:
             )
 
 
-def in_place(problem: Problem, taken: Sequence[Move], losses: Mapping[Mask, Estimate | None]) -> Iterator[Chosen]:
+def in_place(problem: Problem, taken: Sequence[Move], losses: Mapping[Mask, Estimate | None]) -> Best:
     """Decide for each move of `taken`; its scores are the losses, where known, with another move in its place."""
+    decisions: list[Chosen] = []
     for move in taken:
         rest = gone(other for other in taken if other != move)
         masks = {other: rest | other.blocks for other in (move, *problem.moves(rest))}
         known = {other: mask for other, mask in masks.items() if mask in losses and problem.reached(mask, len(taken))}
-        yield Chosen(move, {other: losses[mask] for other, mask in known.items()})
+        decisions.append(Chosen(move, {other: losses[mask] for other, mask in known.items()}))
+    return Best(tuple(decisions))

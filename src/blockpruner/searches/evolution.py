@@ -9,7 +9,7 @@ from blockpruner.blocks import Mask, Move
 from blockpruner.errors import InputError
 from blockpruner.permutations import number, shuffled
 from blockpruner.racing import Race
-from blockpruner.searching import DENSE, Chosen, Losses, Partly, Problem, Proposals, lowest
+from blockpruner.searching import DENSE, Best, Chosen, Losses, Partly, Problem, Proposals, lowest
 
 State = tuple[Move, ...]  # in an order in which they can be taken
 SURVIVORS = 2  # of the first look at a generation
@@ -31,8 +31,8 @@ class Evolution:
     random moves are taken until it is reached, and those not needed then are put back, in random order.
 
     Cost: at most initial + generations * offspring masks; in masks times micro-batches, initial * first +
-    generations * (offspring * first + 3 * second) + all. Nothing is decided before the end: what is stopped earlier
-    leaves no plan, and goes on from its journal when it is run again.
+    generations * (offspring * first + 3 * second) + all. What is stopped earlier leaves the parent of then, with its
+    loss on the micro-batches that it was last seen on.
 
     race: offspring and parent race (see `racing`) instead of these two looks; the parent then gives way to an offspring
     that is worse by epsilon at the most.
@@ -66,22 +66,23 @@ class Evolution:
         losses = yield Partly(tuple(states), self._batches(problem, 0)[: self.first])
         parent = states[lowest({Move(mask): losses[mask] for mask in states}).blocks]
         for generation in range(1, 1 + self._generations(problem)):
+            yield _decided(problem, parent, losses)
             batches = self._batches(problem, generation)
             children = self._children(problem, parent, generation)
             if children and self.race:
                 race = Race(seed=number(self.seed, "race", generation))
                 outcome = yield from race.run(problem, (*children, _gone(parent)))
                 parent = children.get(outcome.kept[0], parent) if outcome.kept else parent
+                losses = outcome.estimates
             elif children:
                 losses = yield Partly(tuple(children), batches[: self.first])
                 states = {mask: children[mask] for mask in _best(losses)[:SURVIVORS]} | {_gone(parent): parent}
                 losses = yield Partly(tuple(states), batches[-self.second :])  # from -0 on: all
                 parent = next((states[mask] for mask in _best(losses)), parent)
+        yield _decided(problem, parent, losses)
         losses = yield (mask := _gone(parent),)
         lowest({Move(mask): losses[mask]})  # fails if it is not finite
-        *moves, last = _path(problem, parent)
-        yield from (Chosen(move, {}) for move in moves)
-        yield Chosen(last, {last: losses[mask]})
+        yield _decided(problem, parent, losses)
 
     def evaluations(self, problem: Problem) -> int:
         """An upper bound: sets come up again; most are evaluated on `first` micro-batches only."""
@@ -147,6 +148,12 @@ def _is_mlp(move: Move) -> bool:
 
 def _gone(state: Iterable[Move]) -> Mask:
     return frozenset(block for move in state for block in move.blocks)
+
+
+def _decided(problem: Problem, state: State, losses: Losses) -> Best:
+    *moves, last = _path(problem, state)
+    loss = losses[_gone(state)]
+    return Best((*(Chosen(move, {}) for move in moves), Chosen(last, {last: loss}, loss=loss)))
 
 
 def _best(losses: Losses) -> list[Mask]:

@@ -30,7 +30,7 @@ class Knapsack:
 
     Puzzle assembles a model in this way from scored alternatives for each block; ours has one alternative, nothing.
 
-    Nothing is decided before the end, so an interrupted run has no plan. Cost: that of the criterion, and `tries`.
+    Cost: that of the criterion, and `tries`. What is stopped before these are evaluated leaves the first of them.
     """
 
     tries: int = 8
@@ -56,9 +56,10 @@ class Knapsack:
                 f"no set of {problem.granularity!r} moves with finite scores meets {problem.target} exactly",
                 fix="use another criterion or other moves, or a target that need not be met exactly",
             )
+        yield in_place(problem, next(iter(sets.values())), losses)
         losses |= yield tuple(sets)
         best = lowest({Move(mask): losses[mask] for mask in sets}).blocks
-        yield from in_place(problem, sets[best], losses)
+        yield in_place(problem, sets[best], losses)
 
     def evaluations(self, problem: Problem) -> int:
         """An upper bound; those of the criterion are extra."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 from blockpruner.blocks import Move
 from blockpruner.errors import InputError
 from blockpruner.moves import offered
-from blockpruner.searching import DENSE, Chosen, Problem, Proposals, Ranked, Scores, lowest
+from blockpruner.searching import DENSE, Best, Chosen, Problem, Proposals, Ranked, Scores, lowest
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,6 @@ class Span:
     span. With `cosine` it is the consecutive drop of LLM-Drop, whose code scores spans of n + 1 layers and drops n.
 
     The plan has one step per layer, by depth; the scores of all spans are with the first, the loss with the last.
-    Nothing is decided before the end, so an interrupted run has no plan.
 
     Cost: that of the criterion for at most as many spans as there are layers, and one evaluation.
     """
@@ -34,11 +33,11 @@ class Span:
     def propose(self, problem: Problem) -> Proposals:
         scores: Scores = yield Ranked(DENSE, _spans(problem))
         best = lowest(scores).blocks
+        layers = [Move.of(*blocks) for blocks in problem.outline.layers().values() if best.issuperset(blocks)]
+        decided = Best(tuple(Chosen(move, {} if place else scores) for place, move in enumerate(layers)))
+        yield decided
         yield (best,)
-        for blocks in problem.outline.layers().values():
-            if best.issuperset(blocks):
-                yield Chosen(Move.of(*blocks), scores)
-                scores = {}
+        yield decided  # now with its loss
 
     def evaluations(self, problem: Problem) -> int:
         """Exact; those of the criterion are extra. InputError if no span reaches the target."""

@@ -27,8 +27,8 @@ class Swap:
     of all of them without a gain ends the search: no single exchange helps. The plan may still not be the best.
 
     Moves that stay come first in the plan, then those exchanged for; each is on offer on top of those before it. The
-    scores of a step are the losses with another move in its place. Nothing is decided before the end, so a run that
-    is interrupted or out of budget has no plan; with a journal, it goes on from there.
+    scores of a step are the losses with another move in its place. What is stopped earlier leaves the plan of the
+    last round that was finished.
 
     Cost: for k steps and m moves, k * (m - k) evaluations or fewer per round, 1 for the start, or 1 + m without one.
     """
@@ -56,8 +56,10 @@ class Swap:
             masks = {move: gone((*taken, move)) for move in problem.moves(gone(taken))}
             known |= yield tuple(masks.values())
             taken = (*taken, *in_order(problem, {move: known[mask] for move, mask in masks.items()}, taken))
+        yield in_place(problem, taken, known)
         known |= yield (gone(taken),)
         for number in range(self.rounds):
+            yield in_place(problem, taken, known)
             near = _exchanged(problem, taken)
             masks = tuple(near)
             looked = tuple(
@@ -70,7 +72,7 @@ class Swap:
             elif len(looked) == len(near):
                 break
         lowest({Move(gone(taken)): known[gone(taken)]})
-        yield from in_place(problem, taken, known)
+        yield in_place(problem, taken, known)
 
     def evaluations(self, problem: Problem) -> int:
         """An upper bound, that of all rounds: with k steps and m moves, k * m for each and for the start, plus one."""
