@@ -18,13 +18,13 @@ from architecture_reloads import Inputs, Model, close, difference, logits, outco
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from blockpruner.anatomy import Anatomy, Layer, Stack, read_anatomy
+from blockpruner.anatomy.reading import Anatomy, Layer, Stack, read_anatomy
 from blockpruner.blocks import Block, format_mask
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.errors import BlockprunerError
-from blockpruner.examples import examples_of
-from blockpruner.objective import ModelObjective
-from blockpruner.repack import repacked
-from blockpruner.surgery import prune_, skipped
+from blockpruner.surgery.removal import prune_, skipped
+from blockpruner.surgery.repack import repacked
+from blockpruner.texts.examples import examples_of
 
 AUTO_CLASSES = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 WINDOWS, WINDOW = 4, 24

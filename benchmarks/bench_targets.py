@@ -27,11 +27,11 @@ from blockpruner.console import say
 from blockpruner.evaluation.memory import filled_cache, held_bytes, random_inputs, read_ledger, weights_bytes
 from blockpruner.evaluation.speed import Contestant, measure
 from blockpruner.evaluation.timing import Protocol, SpeedUp, clock_of
-from blockpruner.models import load
+from blockpruner.loading.models import load
 from blockpruner.planning import find_plan, prepare
+from blockpruner.searching.targets import Goals, Memory, Speed
 from blockpruner.subject import Subject, open_subject, subject_of
-from blockpruner.surgery import prune_, skipped
-from blockpruner.targets import Goals, Memory, Speed
+from blockpruner.surgery.removal import prune_, skipped
 
 COMMAND = "OMP_NUM_THREADS=1 python benchmarks/bench_targets.py --json experiments/evaluation.json"
 DEMO_PLAN = "attention.7+attention.16+attention.17+mlp.6+mlp.13+mlp.16"  # experiments/demo.json, `pruned`

@@ -17,15 +17,15 @@ import torch
 from search_cost import commit
 
 from blockpruner.artifacts import read_json, write_json
-from blockpruner.calibration import load_calibration
 from blockpruner.console import say
 from blockpruner.evaluation.generation import prompts_of, read_by, written_by
 from blockpruner.evaluation.verdict import THRESHOLDS, judged
 from blockpruner.evaluation.writings import Written
-from blockpruner.models import load
-from blockpruner.permutations import shuffled
+from blockpruner.loading.models import load
+from blockpruner.searching.permutations import shuffled
 from blockpruner.subject import Subject, open_subject
-from blockpruner.surgery import skipped
+from blockpruner.surgery.removal import skipped
+from blockpruner.texts.calibration import load_calibration
 
 TEXTS = {"A": "text/c4_demo.jsonl[0:200]", "B": "text/c4_demo.jsonl[200:300]"}
 PLAN = ("attention.7", "mlp.8", "attention.17", "attention.9", "attention.16", "mlp.9")  # blockpruner, recipes.json

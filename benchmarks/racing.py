@@ -20,12 +20,12 @@ from search_cost import commit
 
 from blockpruner.artifacts import Work
 from blockpruner.console import Progress
-from blockpruner.models import load
-from blockpruner.objective import ModelObjective
+from blockpruner.engine.objective import ModelObjective
+from blockpruner.loading.models import load
 from blockpruner.plan import Plan
 from blockpruner.planning import Task, find_plan, prepare
 from blockpruner.price import quote
-from blockpruner.searching import DENSE
+from blockpruner.searching.contract import DENSE
 from blockpruner.subject import Subject, open_subject
 
 C4 = "text/c4_demo.jsonl"

@@ -21,10 +21,10 @@ from typing import Any
 from search_cost import commit
 
 from blockpruner.blocks import Block, Mask, Outline, parse_mask
-from blockpruner.moves import Target
-from blockpruner.permutations import number
-from blockpruner.racing import Race
-from blockpruner.searching import Problem, Values
+from blockpruner.searching.contract import Problem, Values
+from blockpruner.searching.moves import Target
+from blockpruner.searching.permutations import number
+from blockpruner.searching.racing import Race
 
 RANKS = (1, 3, 7, 19)
 DIGITS = 5  # of a loss: what is rounded away is a hundredth of the spread of a mean

@@ -22,13 +22,13 @@ from search_cost import commit
 from blockpruner.blocks import Mask, format_mask
 from blockpruner.console import Progress
 from blockpruner.data import identity, read_data
-from blockpruner.evaluations import Evaluations
 from blockpruner.journal import Journal
-from blockpruner.models import load
+from blockpruner.loading.models import load
 from blockpruner.pipeline import at_random, prepared
 from blockpruner.plan import Plan
 from blockpruner.planning import find_plan
 from blockpruner.recipe import Recipe, names
+from blockpruner.searching.evaluations import Evaluations
 from blockpruner.subject import Subject, open_subject
 
 BLOCKS = 6

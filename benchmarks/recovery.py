@@ -37,14 +37,14 @@ from blockpruner.blocks import Mask
 from blockpruner.console import Progress
 from blockpruner.data import Data, read_data
 from blockpruner.errors import BlockprunerError, InputError
-from blockpruner.gaps import UNREPAIRED, Repair, repaired
-from blockpruner.models import load
+from blockpruner.loading.models import load
 from blockpruner.objectives.loss import Loss
 from blockpruner.plan import Plan
 from blockpruner.recoveries import parse_chain
 from blockpruner.recovering import loss, recover
-from blockpruner.recovery import Trained
+from blockpruner.repairs.recovery import Trained
 from blockpruner.subject import Subject, open_subject
+from blockpruner.surgery.gaps import UNREPAIRED, Repair, repaired
 
 SIZES = (6, 9, 12)
 TRAINED_AT = 9

@@ -14,13 +14,13 @@ from growth import WINDOW, objective
 from racing import published
 from search_cost import commit
 
-from blockpruner import driver
 from blockpruner.artifacts import Work
-from blockpruner.moves import Target
-from blockpruner.rehearsal import Rehearsal
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.greedy import Greedy
-from blockpruner.searching import Problem
+from blockpruner.searching import driver
+from blockpruner.searching.contract import Problem
+from blockpruner.searching.moves import Target
+from blockpruner.searching.rehearsal import Rehearsal
 
 TOKENS = 32768
 SHARE = 0.4  # of a card's peak that a forward pass reaches

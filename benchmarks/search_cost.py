@@ -79,7 +79,7 @@ def settings(options: argparse.Namespace, fingerprint: str) -> dict[str, Any]:
 
 def expected(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that both contestants will have, known without loading the model."""
-    from blockpruner.models import load_tokenizer
+    from blockpruner.loading.models import load_tokenizer
 
     return settings(options, calibration(options, load_tokenizer(options.model)).record.fingerprint)
 
@@ -139,7 +139,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def calibration(options: argparse.Namespace, tokenizer: Any) -> Any:
-    from blockpruner.calibration import load_calibration
+    from blockpruner.texts.calibration import load_calibration
 
     if tokenizer is None:
         raise SystemExit("the model has no tokenizer")
@@ -175,7 +175,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 def paper_loop(options: argparse.Namespace) -> dict[str, Any]:
     """Every step, every remaining block: run the whole model without it, take the strictly lowest perplexity."""
-    from blockpruner.models import load
+    from blockpruner.loading.models import load
 
     loaded = load(options.model, dtype=options.dtype)
     data = calibration(options, loaded.tokenizer)
@@ -260,9 +260,9 @@ def measured(model: Any, windows: Any) -> Callable[[tuple[str, ...]], dict[str, 
 def exhaustive(options: argparse.Namespace) -> dict[str, Any]:
     """The same search on the mask tree; its dense evaluation, which the loop does not make, is counted too."""
     from blockpruner.console import Progress
-    from blockpruner.models import load
+    from blockpruner.loading.models import load
     from blockpruner.planning import find_plan, prepare
-    from blockpruner.searching import Stop
+    from blockpruner.searching.contract import Stop
     from blockpruner.subject import open_subject
 
     subject = open_subject(load(options.model, dtype=options.dtype))

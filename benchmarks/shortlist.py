@@ -19,13 +19,13 @@ import torch
 from search_cost import commit, write
 from torch import Tensor
 
+from blockpruner.anatomy.probing import vocabulary_size
 from blockpruner.data import read_data
+from blockpruner.loading.models import load
 from blockpruner.metrics import token_losses
-from blockpruner.models import load
 from blockpruner.objectives.loss import Loss
-from blockpruner.probing import vocabulary_size
 from blockpruner.subject import Subject, open_subject
-from blockpruner.surgery import skipped
+from blockpruner.surgery.removal import skipped
 
 C4, PIECE = "text/c4_demo.jsonl", 128
 COMMAND = 'python benchmarks/shortlist.py --data "$BLOCKPRUNER_DATA" --json experiments/shortlist.json'

@@ -75,15 +75,15 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     import transformers
 
-    from blockpruner.anatomy import read_anatomy
-    from blockpruner.block_weights import holdings, staying
+    from blockpruner.anatomy.reading import read_anatomy
     from blockpruner.criteria.taylor import Taylor
-    from blockpruner.criterion import Lab
-    from blockpruner.evaluations import Evaluations
-    from blockpruner.examples import Signs, examples_of
-    from blockpruner.gradients import windows_of
-    from blockpruner.models import load
-    from blockpruner.moves import block
+    from blockpruner.importance.block_weights import holdings, staying
+    from blockpruner.importance.criterion import Lab
+    from blockpruner.importance.gradients import windows_of
+    from blockpruner.loading.models import load
+    from blockpruner.searching.evaluations import Evaluations
+    from blockpruner.searching.moves import block
+    from blockpruner.texts.examples import Signs, examples_of
 
     gc.collect()
     before = resident()

@@ -52,9 +52,9 @@ def measured(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     import torch
 
     from blockpruner.data import read_data
-    from blockpruner.models import load
+    from blockpruner.loading.models import load
     from blockpruner.objectives.loss import Loss
-    from blockpruner.searching import DENSE
+    from blockpruner.searching.contract import DENSE
     from blockpruner.subject import open_subject
 
     subject = open_subject(load(options.model, dtype=dtype, device="cpu"))

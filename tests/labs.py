@@ -7,12 +7,12 @@ from typing import Any
 import zoo
 from toys import Toy, additive
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import parse_mask
-from blockpruner.criterion import Lab
-from blockpruner.evaluations import Evaluations, Notes
-from blockpruner.examples import Examples, Signs, examples_of
-from blockpruner.moves import GRANULARITIES
+from blockpruner.importance.criterion import Lab
+from blockpruner.searching.evaluations import Evaluations, Notes
+from blockpruner.searching.moves import GRANULARITIES
+from blockpruner.texts.examples import Examples, Signs, examples_of
 
 SIGNS = Signs(mask=5, sentinels=(6, 7, 8, 9, 10, 11), last=4)
 

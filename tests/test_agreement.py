@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import tiny
 
-from blockpruner.agreement import reload_difference
+from blockpruner.anatomy.probing import example_inputs
 from blockpruner.errors import CheckFailedError
-from blockpruner.probing import example_inputs
+from blockpruner.surgery.agreement import reload_difference
 
 
 @pytest.fixture(scope="module")

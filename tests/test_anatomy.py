@@ -8,10 +8,10 @@ import torch
 from tiny import FAMILIES, HIDDEN, anatomy_of, shared, tiny, token_ids
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import Block, Kind
 from blockpruner.errors import UnsupportedModelError
-from blockpruner.surgery import prune_, skipped
+from blockpruner.surgery.removal import prune_, skipped
 
 # (kind, module whose output joins the stream, what idles without it): read in transformers' modelling files.
 Row = tuple[Kind, str, tuple[str, ...]]

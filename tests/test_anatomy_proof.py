@@ -11,12 +11,12 @@ from tiny import FAMILIES, anatomy_of, shared
 from torch import nn
 from transformers.cache_utils import Cache
 
-from blockpruner import anatomy
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy import reading as anatomy
+from blockpruner.anatomy.probing import nulled
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import Block
 from blockpruner.errors import UnsupportedModelError
-from blockpruner.probing import nulled
-from blockpruner.surgery import skipped
+from blockpruner.surgery.removal import skipped
 
 
 def planted(layer_class: type[nn.Module], path: str = "model.layers.2"):

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import blockpruner as bp
-from blockpruner import checkpoint as checkpoints
 from blockpruner import cli
 from blockpruner.commands import finding, telling
 from blockpruner.data import read_data
@@ -21,6 +20,7 @@ from blockpruner.evaluation.quality import load_text
 from blockpruner.planning import prepare
 from blockpruner.recipe import Text
 from blockpruner.scoring import compare
+from blockpruner.surgery import checkpoint as checkpoints
 
 README = Path(__file__).parents[1] / "README.md"
 SEARCH: dict[str, Any] = {"target": "blocks=2", "tokens": 96, "window": 16}

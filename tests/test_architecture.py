@@ -136,12 +136,12 @@ WRITING_FUNCTIONS = {
 }
 WRITERS = {"artifacts.py", "journal.py"}
 ALLOWED_WRITES = {
-    ("agreement.py", "save_file"): "a scratch file for the process that reloads the checkpoint",
-    ("checkpoint.py", "save_pretrained"): "into the folder that artifacts.new_folder made aside",
-    ("checkpoint.py", "write_bytes"): "into the same folder",
+    ("surgery/agreement.py", "save_file"): "a scratch file for the process that reloads the checkpoint",
+    ("surgery/checkpoint.py", "save_pretrained"): "into the folder that artifacts.new_folder made aside",
+    ("surgery/checkpoint.py", "write_bytes"): "into the same folder",
     ("exits.py", "os.open"): "the null device, for what a closed pipe does not take",
-    ("ggufs.py", "save_pretrained"): "into the folder that artifacts.new_folder made aside",
-    ("reloading.py", "save_file"): "a scratch file, the answer of that process",
+    ("loading/ggufs.py", "save_pretrained"): "into the folder that artifacts.new_folder made aside",
+    ("surgery/reloading.py", "save_file"): "a scratch file, the answer of that process",
 }
 
 
@@ -180,7 +180,7 @@ def test_the_list_of_allowed_writes_has_no_dead_entry():
 
 
 CODE_IN_DATA = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
-RUNS_ITS_OWN_CODE = "reloading.py"  # opens what this package has just written, with the file that it put there
+RUNS_ITS_OWN_CODE = "surgery/reloading.py"  # opens what this package has just written, with the file that it put there
 
 
 @on_each_module

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import zoo
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 
 HEADER = {"versions": {"torch": "2"}, "code": "abc"}
 

@@ -9,8 +9,8 @@ from toys import toy_outline
 from blockpruner.blocks import Block, Move, Outline
 from blockpruner.criteria.deepest import Deepest
 from blockpruner.criteria.random import Random
-from blockpruner.criterion import Lab
-from blockpruner.moves import GRANULARITIES
+from blockpruner.importance.criterion import Lab
+from blockpruner.searching.moves import GRANULARITIES
 
 
 def lab_of(outline, **options):

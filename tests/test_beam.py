@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from toys import NOISE, Toy, additive, plan_of, tangled, toy_problem
 
 from blockpruner.blocks import Block, format_mask
-from blockpruner.driver import price, run
 from blockpruner.errors import CheckFailedError, InputError
 from blockpruner.journal import Journal
-from blockpruner.permutations import number
 from blockpruner.searches.beam import Beam
 from blockpruner.searches.exhaustive import Exhaustive
-from blockpruner.searching import DENSE, Stop
+from blockpruner.searching.contract import DENSE, Stop
+from blockpruner.searching.driver import price, run
+from blockpruner.searching.permutations import number
 
 IDENTITY = {"model": "toy"}
 NOISE_MEAN = sum(map(sum, NOISE)) / sum(map(len, NOISE))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from blockpruner.blocks import KINDS, Block, Move, Outline, format_mask, parse_mask
 from blockpruner.errors import InputError
-from blockpruner.surgery import prune_
+from blockpruner.surgery.removal import prune_
 
 BLOCKS = st.builds(
     Block,

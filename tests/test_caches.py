@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import EncoderDecoderCache
 
-from blockpruner.anatomy import Anatomy, read_anatomy
+from blockpruner.anatomy.caches import CacheUse, cache_use, recording
+from blockpruner.anatomy.probing import example_inputs, stood_in
+from blockpruner.anatomy.reading import Anatomy, read_anatomy
 from blockpruner.blocks import Block
-from blockpruner.caches import CacheUse, cache_use, recording
 from blockpruner.errors import UnsupportedModelError
-from blockpruner.probing import example_inputs, stood_in
 from blockpruner.standin import StandIn
 
 ENTRIES = {

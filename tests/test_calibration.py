@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
-from blockpruner import calibration
-from blockpruner.calibration import BosPolicy, CalibrationRecord, fingerprint, load_calibration, resolve_bos
 from blockpruner.errors import InputError
+from blockpruner.texts import calibration
+from blockpruner.texts.calibration import BosPolicy, CalibrationRecord, fingerprint, load_calibration, resolve_bos
 
 DOCUMENTS = [
     f"Document {number} tells of {number * number} foxes and a dog.\nThe naïve cat sleeps." for number in range(40)

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, anatomy_of, shared, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from blockpruner import checkpoint
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import parse_mask
-from blockpruner.checkpoint import save_pruned
 from blockpruner.errors import CheckFailedError, InputError
-from blockpruner.surgery import prune_, skipped
+from blockpruner.surgery import checkpoint
+from blockpruner.surgery.checkpoint import save_pruned
+from blockpruner.surgery.removal import prune_, skipped
 
 WHOLE_LAYER = "attention.1+mlp.1"
 PAIRED = "mlp.1+attention.2"  # attention.1 and mlp.2 make one ordinary layer
@@ -238,7 +238,7 @@ KILLED_WHILE_SAVING = """
 import sys, time
 from pathlib import Path
 from tiny import FAMILIES, anatomy_of
-from blockpruner import checkpoint
+from blockpruner.surgery import checkpoint
 from blockpruner.blocks import parse_mask
 
 def wait(folder, *_, **__):

@@ -13,19 +13,20 @@ from typing import Any
 import pytest
 import typer.main
 
-from blockpruner import checkpoint as checkpoints
-from blockpruner import cli, demo, exits, models, planning, recipe
+from blockpruner import cli, demo, exits, planning, recipe
 from blockpruner.artifacts import run_folder, write_json
 from blockpruner.commands import finding, telling
 from blockpruner.console import say
 from blockpruner.criteria import CRITERIA
 from blockpruner.errors import CheckFailedError
 from blockpruner.evaluation.quality import Evaluation
-from blockpruner.models import load
+from blockpruner.loading import models
+from blockpruner.loading.models import load
 from blockpruner.objectives import OBJECTIVES
 from blockpruner.plan import Plan
 from blockpruner.searches import SEARCHES
 from blockpruner.subject import open_subject
+from blockpruner.surgery import checkpoint as checkpoints
 
 APP: Any = typer.main.get_command(cli.app)
 FLOAT32 = ("--dtype", "float32", "--device", "cpu")

@@ -14,11 +14,11 @@ from toys import NOISE, Toy, additive, tangled, toy_outline
 
 from blockpruner.blocks import Move
 from blockpruner.criteria import coalitions as module
-from blockpruner.criterion import Lab
 from blockpruner.errors import InputError
-from blockpruner.evaluations import Evaluations
+from blockpruner.importance.criterion import Lab
 from blockpruner.journal import Journal
-from blockpruner.permutations import shuffled
+from blockpruner.searching.evaluations import Evaluations
+from blockpruner.searching.permutations import shuffled
 
 Coalitions: Any = module.Coalitions  # so that a score may be read without saying that it is not None
 BLOCKS = toy_outline(4).blocks

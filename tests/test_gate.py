@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from blockpruner.errors import BlockprunerError, InputError, UnsupportedModelError
-from blockpruner.gate import check_checkpoint, check_config, check_gguf
+from blockpruner.loading.gate import check_checkpoint, check_config, check_gguf
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 16, "vocab_size": 64, "num_attention_heads": 2}
 SOURCE = Path("source")

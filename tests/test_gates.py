@@ -7,18 +7,18 @@ import torch
 from labs import SIGNS, lab_of, moves_of, scored
 from torch import Tensor
 
-from blockpruner import gating
-from blockpruner.block_weights import holdings, leaving
 from blockpruner.blocks import Block, Move
 from blockpruner.criteria.gates import Gates
-from blockpruner.criterion import Lab
 from blockpruner.errors import CheckFailedError, InputError
-from blockpruner.evaluations import Notes
-from blockpruner.examples import Examples, examples_of
-from blockpruner.gating import GATES, Gated
-from blockpruner.gradients import mean_loss, windows_of
+from blockpruner.importance import gating
+from blockpruner.importance.block_weights import holdings, leaving
+from blockpruner.importance.criterion import Lab
+from blockpruner.importance.gating import GATES, Gated
+from blockpruner.importance.gradients import mean_loss, windows_of
 from blockpruner.journal import Journal
-from blockpruner.surgery import skipped
+from blockpruner.searching.evaluations import Notes
+from blockpruner.surgery.removal import skipped
+from blockpruner.texts.examples import Examples, examples_of
 
 MODELS = [
     "causal/llama",

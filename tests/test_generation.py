@@ -14,9 +14,9 @@ from tiny import FAMILIES, HEADS, HIDDEN, LanguageModel, anatomy_of, shared, tok
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
+from blockpruner.anatomy.probing import stood_in
 from blockpruner.blocks import Block
-from blockpruner.probing import stood_in
-from blockpruner.surgery import prune_, skipped
+from blockpruner.surgery.removal import prune_, skipped
 
 TOLERANCE = 1e-4
 PROMPT, NEW = 12, 8  # 20 tokens: past the sliding window of 8

@@ -10,16 +10,16 @@ import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockpruner.anatomy import read_anatomy
-from blockpruner.calibration import load_calibration
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.errors import InputError
 from blockpruner.evaluation.generation import ask, check_writes, prompts_of, read_by, write, written_by
 from blockpruner.evaluation.probes import PROBES, Question, questions
 from blockpruner.evaluation.repetition import distinct_share, longest_loop, repeated_share
 from blockpruner.evaluation.verdict import GenerationCheck, judged
 from blockpruner.evaluation.writings import Writing, Written
-from blockpruner.models import load
-from blockpruner.surgery import skipped
+from blockpruner.loading.models import load
+from blockpruner.surgery.removal import skipped
+from blockpruner.texts.calibration import load_calibration
 
 PROMPTS = ("The quick brown fox", "A block is one", "and the dog", "The quick brown cat")
 tokens = st.lists(st.integers(0, 2), max_size=14)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from blockpruner import ggufs
 from blockpruner.artifacts import new_folder
 from blockpruner.errors import InputError, MachineError
-from blockpruner.gate import check_checkpoint, check_gguf
-from blockpruner.strict import read_weights
+from blockpruner.loading import ggufs
+from blockpruner.loading.gate import check_checkpoint, check_gguf
+from blockpruner.loading.strict import read_weights
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 transformers = pytest.importorskip("transformers")

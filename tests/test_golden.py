@@ -15,8 +15,8 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from zoo_rows import ROWS
 
-from blockpruner import parts
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy import parts
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import Block, Kind
 
 FLOAT = 4  # bytes

@@ -10,17 +10,17 @@ import zoo
 from labs import SIGNS, fresh, lab_of, made, moves_of, scored
 from torch import nn
 
-from blockpruner import gradients as engine
-from blockpruner.block_weights import MeanProducts, holdings, leaving, staying
 from blockpruner.blocks import Block, Move
 from blockpruner.criteria.fisher import Fisher
 from blockpruner.criteria.taylor import Taylor
-from blockpruner.criterion import Lab
 from blockpruner.errors import InputError
-from blockpruner.evaluations import Notes
-from blockpruner.examples import IGNORED, Examples, examples_of
+from blockpruner.importance import gradients as engine
+from blockpruner.importance.block_weights import MeanProducts, holdings, leaving, staying
+from blockpruner.importance.criterion import Lab
 from blockpruner.journal import Journal
-from blockpruner.surgery import prune_, skipped
+from blockpruner.searching.evaluations import Notes
+from blockpruner.surgery.removal import prune_, skipped
+from blockpruner.texts.examples import IGNORED, Examples, examples_of
 
 FAMILIES = ["causal/llama", "causal/gpt2", "causal/qwen2_moe", "masked/bert", "seq2seq/t5"]
 WALKED = ["causal/llama", "causal/gpt2", "causal/qwen2_moe", "masked/bert", "causal/mamba", "causal/gemma3_text"]

@@ -8,15 +8,15 @@ import zoo
 from tiny import anatomy_of, shared, token_ids
 from torch import nn
 
-from blockpruner import head
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import parse_mask
-from blockpruner.examples import examples_of
-from blockpruner.head import Head, proved_head
+from blockpruner.engine import head
+from blockpruner.engine.head import Head, proved_head
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.metrics import token_losses
-from blockpruner.objective import ModelObjective
 from blockpruner.objectives.kl import KL
 from blockpruner.objectives.loss import Loss
+from blockpruner.texts.examples import examples_of
 
 
 def planted(vocabulary=101, width=24, positions=17, dtype=torch.float32, bias=True, spread=3.0):

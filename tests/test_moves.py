@@ -9,8 +9,8 @@ from toys import toy_outline
 
 from blockpruner.blocks import Block, Outline, parse_mask
 from blockpruner.errors import InputError
-from blockpruner.moves import GRANULARITIES, Target, format_protected, parse_protected, stock
-from blockpruner.searching import Problem
+from blockpruner.searching.contract import Problem
+from blockpruner.searching.moves import GRANULARITIES, Target, format_protected, parse_protected, stock
 
 DENSE = frozenset()
 

@@ -12,21 +12,21 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 from transformers import BertConfig, BertModel, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from blockpruner import objective
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.artifacts import Work
 from blockpruner.blocks import parse_mask
+from blockpruner.engine import objective
+from blockpruner.engine.limits import usual_window
+from blockpruner.engine.masktree import MaskTree
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.errors import InputError
-from blockpruner.examples import IGNORED, Signs, examples_of
-from blockpruner.limits import usual_window
-from blockpruner.masktree import MaskTree
-from blockpruner.objective import ModelObjective
 from blockpruner.objectives.embedding import Embedding
 from blockpruner.objectives.jensen_shannon import JensenShannon
 from blockpruner.objectives.kl import KL
 from blockpruner.objectives.logit_distance import LogitDistance
 from blockpruner.objectives.loss import Loss
-from blockpruner.surgery import skipped
+from blockpruner.surgery.removal import skipped
+from blockpruner.texts.examples import IGNORED, Signs, examples_of
 
 DENSE = frozenset()
 MASKS = [

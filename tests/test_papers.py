@@ -9,13 +9,13 @@ from test_foreign import UNITS
 from tiny import tiny
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.artifacts import Estimate
-from blockpruner.block_weights import holdings
 from blockpruner.blocks import Block, Move, Outline
-from blockpruner.moves import layer, offered, parse_protected
+from blockpruner.importance.block_weights import holdings
 from blockpruner.plan import Plan
 from blockpruner.scores import least_first
+from blockpruner.searching.moves import layer, offered, parse_protected
 
 # BlockPruner's other list for Llama-2-7B, of 64 calibration samples.
 ORDER_64 = (

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockpruner.permutations import Walk, shuffled
-from blockpruner.ranking import spearman
+from blockpruner.importance.ranking import spearman
+from blockpruner.searching.permutations import Walk, shuffled
 
 FINITE = st.floats(-1e6, 1e6)
 

@@ -9,10 +9,10 @@ from toys import Toy, additive, toy_outline, toy_problem
 
 from blockpruner.artifacts import write_json
 from blockpruner.blocks import Block, Move, parse_mask
-from blockpruner.driver import run
 from blockpruner.errors import InputError
 from blockpruner.plan import ModelIdentity, Plan
 from blockpruner.searches.exhaustive import Exhaustive
+from blockpruner.searching.driver import run
 
 MODEL = ModelIdentity(name="toy", model_type="toy", parameters=3200, fingerprint="f" * 64)
 CALIBRATION = {"source": "builtin", "windows": 4, "share": 0.5, "bos": True, "fingerprint": "abc", "note": None}

@@ -13,11 +13,11 @@ import torch
 from blockpruner.blocks import Block
 from blockpruner.errors import InputError, RunFolderError
 from blockpruner.evaluation.quality import load_text
-from blockpruner.models import load
+from blockpruner.loading.models import load
 from blockpruner.plan import Plan
 from blockpruner.planning import find_plan, prepare
 from blockpruner.price import quote
-from blockpruner.searching import Stop
+from blockpruner.searching.contract import Stop
 from blockpruner.subject import open_subject, subject_of
 
 SEARCH = {"target": "blocks=3", "tokens": 96, "window": 16}

@@ -8,14 +8,14 @@ from tiny import anatomy_of, shared
 
 from blockpruner.artifacts import Traffic
 from blockpruner.blocks import parse_mask
-from blockpruner.models import load
-from blockpruner.objective import ModelObjective
+from blockpruner.engine.objective import ModelObjective
+from blockpruner.loading.models import load
+from blockpruner.loading.streaming import load_streamed
 from blockpruner.objectives.kl import KL
 from blockpruner.objectives.loss import Loss
 from blockpruner.planning import prepare
 from blockpruner.price import Receipt, quote, search_for
-from blockpruner.searching import DENSE, Stop
-from blockpruner.streaming import load_streamed
+from blockpruner.searching.contract import DENSE, Stop
 from blockpruner.subject import open_subject
 
 MASKS = [parse_mask(text) for text in ("mlp.0", "attention.1", "attention.1+mlp.2", "mlp.3", "attention.0+mlp.0")]
@@ -92,10 +92,14 @@ def test_the_receipt_holds_what_was_said_and_what_was_spent(task, tmp_path, sear
     assert said.memory == job.objective.weight_bytes + said.traffic.held  # its logits never exist as such
     assert spent.memory is None or spent.memory >= job.objective.weight_bytes
     assert not receipt.resumed
-    _, again = search_for(task(streamed, search=search), said, tmp_path)
-    assert again.resumed
-    assert again.spent.traffic == Traffic()
-    assert again.spent.work == plan.work
+    _, again = search_for(task(streamed, search=search), said, tmp_path)  # which has nothing left to do
+    assert not again.resumed
+    assert (again.spent.traffic, again.spent.work) == (spent.traffic, plan.work)
+    assert again.spent.seconds > spent.seconds
+    (tmp_path / "price.json").unlink()  # as if the session that searched had been killed
+    _, killed = search_for(task(streamed, search=search), said, tmp_path)
+    assert killed.resumed
+    assert (killed.spent.traffic, killed.spent.work) == (Traffic(), plan.work)
 
 
 def test_a_streamed_model_holds_its_layers_nowhere(task):

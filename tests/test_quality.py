@@ -10,15 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import parse_mask
-from blockpruner.calibration import load_calibration
 from blockpruner.errors import CheckFailedError
 from blockpruner.evaluation import quality
 from blockpruner.evaluation.quality import Evaluation, evaluate_masks, greedy_sample, load_text
-from blockpruner.models import load
-from blockpruner.surgery import prune_
+from blockpruner.loading.models import load
+from blockpruner.surgery.removal import prune_
+from blockpruner.texts.calibration import load_calibration
 
 WINDOW = 24
 MASKS = {

@@ -15,16 +15,16 @@ from toys import plan_of, tangled, toy_problem
 
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Block
-from blockpruner.driver import run
 from blockpruner.errors import CheckFailedError, InputError
 from blockpruner.journal import Journal
-from blockpruner.permutations import shuffled
-from blockpruner.racing import FEWEST, Race, difference
 from blockpruner.searches.beam import Beam
 from blockpruner.searches.evolution import Evolution
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.greedy import Greedy
-from blockpruner.searching import DENSE, BatchByBatch, Pieces
+from blockpruner.searching.contract import DENSE, BatchByBatch, Pieces
+from blockpruner.searching.driver import run
+from blockpruner.searching.permutations import shuffled
+from blockpruner.searching.racing import FEWEST, Race, difference
 
 PIECES = 4  # per micro-batch
 

@@ -11,17 +11,17 @@ from toys import NOISE, Toy, additive, plan_of, tangled, toy_outline, toy_proble
 
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Block, Move, Outline
-from blockpruner.driver import price, run
 from blockpruner.errors import CheckFailedError, InputError
 from blockpruner.journal import Journal
-from blockpruner.moves import Target
-from blockpruner.permutations import number
 from blockpruner.registry import parse_method
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.iterative import Iterative
 from blockpruner.searches.one_shot import OneShot
 from blockpruner.searches.span import Span
-from blockpruner.searching import DENSE, Problem, Stop
+from blockpruner.searching.contract import DENSE, Problem, Stop
+from blockpruner.searching.driver import price, run
+from blockpruner.searching.moves import Target
+from blockpruner.searching.permutations import number
 
 NOISE_MEAN = sum(map(sum, NOISE)) / sum(map(len, NOISE))
 

@@ -12,13 +12,13 @@ from blockpruner import pipeline, recipe
 from blockpruner.blocks import parse_mask
 from blockpruner.criteria import parse_criterion
 from blockpruner.errors import InputError
-from blockpruner.models import load
-from blockpruner.moves import Target
+from blockpruner.loading.models import load
 from blockpruner.objectives import parse_objective
 from blockpruner.outcome import Outcome
 from blockpruner.plan import Plan
 from blockpruner.recipe import Recipe
 from blockpruner.searches import parse_search
+from blockpruner.searching.moves import Target
 from blockpruner.subject import open_subject
 
 NAMES = recipe.names()
@@ -149,12 +149,12 @@ ENCODERS = ["masked/bert", "masked/roberta", "seq2seq/t5", "seq2seq/bart"]
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("search", ["exhaustive", "one-shot", "beam:width=2", "swap:rounds=1"])
 def test_encoders_and_encoder_decoders_go_through_the_same_searches(name, search):
-    from blockpruner import driver
-    from blockpruner.anatomy import read_anatomy
-    from blockpruner.criterion import Lab
-    from blockpruner.examples import Signs, examples_of
-    from blockpruner.objective import ModelObjective
-    from blockpruner.searching import Problem
+    from blockpruner.anatomy.reading import read_anatomy
+    from blockpruner.engine.objective import ModelObjective
+    from blockpruner.importance.criterion import Lab
+    from blockpruner.searching import driver
+    from blockpruner.searching.contract import Problem
+    from blockpruner.texts.examples import Signs, examples_of
 
     model = zoo.build(name)
     anatomy = read_anatomy(model)

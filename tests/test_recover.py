@@ -14,27 +14,27 @@ from toys import Toy, additive
 from transformers import AutoModelForCausalLM
 
 import blockpruner as bp
-from blockpruner import checkpoint as checkpoints
 from blockpruner import recoveries
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.probing import fillings, first_tensor, recorded, unfilled
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import Block, parse_mask
-from blockpruner.closed_form import WORSE
 from blockpruner.commands import making
 from blockpruner.criteria.cosine import Cosine
-from blockpruner.criterion import Lab
 from blockpruner.errors import InputError
 from blockpruner.evaluation.quality import load_text
-from blockpruner.evaluations import Evaluations
-from blockpruner.gaps import UNREPAIRED, Repair, gaps
+from blockpruner.importance.criterion import Lab
+from blockpruner.loading.models import identify, load
 from blockpruner.mending import prepare
-from blockpruner.models import identify, load
 from blockpruner.plan import Plan
-from blockpruner.probing import fillings, first_tensor, recorded, unfilled
 from blockpruner.recipe import Text
 from blockpruner.recoveries.bias import Bias
-from blockpruner.recovery import GapRecord, RecoveryRecord
+from blockpruner.repairs.closed_form import WORSE
+from blockpruner.repairs.recovery import GapRecord, RecoveryRecord
+from blockpruner.searching.evaluations import Evaluations
 from blockpruner.standin import Replacement
-from blockpruner.surgery import prune_, silenced, skipped
+from blockpruner.surgery import checkpoint as checkpoints
+from blockpruner.surgery.gaps import UNREPAIRED, Repair, gaps
+from blockpruner.surgery.removal import prune_, silenced, skipped
 
 FLOAT32 = ("--dtype", "float32", "--device", "cpu")
 TEXT: dict[str, Any] = {"tokens": 512, "window": 16}  # what the model has learned, and little more

@@ -11,18 +11,18 @@ from tiny import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from blockpruner import recovering
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.probing import evaluating
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import parse_mask
-from blockpruner.closed_form import ClosedForm, Given, fitted_at, gathered, regressors_of, replacement
 from blockpruner.errors import InputError
-from blockpruner.examples import examples_of
-from blockpruner.gaps import UNREPAIRED, Repair, gaps, repaired
-from blockpruner.probing import evaluating
 from blockpruner.recoveries import RECOVERIES, parse_recovery
-from blockpruner.recovery import Bench
 from blockpruner.registry import format_method
+from blockpruner.repairs.closed_form import ClosedForm, Given, fitted_at, gathered, regressors_of, replacement
+from blockpruner.repairs.recovery import Bench
+from blockpruner.repairs.updates import UpdatesAt, stream_after, token_axes
 from blockpruner.standin import Replacement, StandIn
-from blockpruner.updates import UpdatesAt, stream_after, token_axes
+from blockpruner.surgery.gaps import UNREPAIRED, Repair, gaps, repaired
+from blockpruner.texts.examples import examples_of
 
 recover: Any = recovering.recover  # what it may not know, it knows here: losses and errors are numbers
 loss: Any = recovering.loss
@@ -228,7 +228,7 @@ def test_micro_batches_add_up_to_the_same_sums(monkeypatch):
     axes = token_axes(bench.model)
     updates = UpdatesAt(*(bench.model, bench.anatomy, bench.mask, gap, UNREPAIRED), sinks=0.5, dense=False, axes=axes)
     whole = gathered(updates, [Given("rms")], bench.examples)[Given("rms")]
-    monkeypatch.setattr("blockpruner.closed_form.BATCH_TOKENS", 50)
+    monkeypatch.setattr("blockpruner.repairs.closed_form.BATCH_TOKENS", 50)
     pieces = gathered(updates, [Given("rms")], bench.examples)[Given("rms")]
     assert (pieces.tokens, pieces.inputs) == (whole.tokens, whole.inputs)
     torch.testing.assert_close(pieces.products(), whole.products(), atol=1e-5, rtol=1e-5)

@@ -11,16 +11,16 @@ from labs import SIGNS
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import parse_mask
-from blockpruner.checkpoint import save_pruned
 from blockpruner.errors import InputError
-from blockpruner.examples import examples_of
-from blockpruner.gaps import repaired
 from blockpruner.recoveries import parse_recovery
-from blockpruner.recovery import Bench
+from blockpruner.repairs.recovery import Bench
 from blockpruner.standin import StandIn
-from blockpruner.surgery import prune_, skipped
+from blockpruner.surgery.checkpoint import save_pruned
+from blockpruner.surgery.gaps import repaired
+from blockpruner.surgery.removal import prune_, skipped
+from blockpruner.texts.examples import examples_of
 
 CASES = {
     "causal/llama": ("attention.1+mlp.2", "linear:rank=4"),

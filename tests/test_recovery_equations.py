@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blockpruner.errors import InputError
-from blockpruner.normal_equations import NormalEquations, mean_map, ridge_map
+from blockpruner.repairs.normal_equations import NormalEquations, mean_map, ridge_map
 
 
 def draw(*shape, seed=0):

@@ -9,21 +9,21 @@ import zoo
 from labs import SIGNS, made
 from transformers import AutoModelForCausalLM
 
-from blockpruner import checkpoint
 from blockpruner.blocks import parse_mask
-from blockpruner.checkpoint import save_pruned
-from blockpruner.closed_form import MADE_UP
 from blockpruner.errors import InputError
-from blockpruner.examples import examples_of
-from blockpruner.folded_runs import runs
-from blockpruner.folding import Projection, foldable, projection
-from blockpruner.gaps import UNREPAIRED, repaired, reweighted
-from blockpruner.normal_equations import NormalEquations, ridge_map
 from blockpruner.recoveries import parse_chain, parse_recovery
 from blockpruner.recovering import recover
-from blockpruner.recovery import Bench
+from blockpruner.repairs.closed_form import MADE_UP
+from blockpruner.repairs.folded_runs import runs
+from blockpruner.repairs.folding import Projection, foldable, projection
+from blockpruner.repairs.normal_equations import NormalEquations, ridge_map
+from blockpruner.repairs.recovery import Bench
+from blockpruner.repairs.updates import contribution, stream_after
+from blockpruner.surgery import checkpoint
+from blockpruner.surgery.checkpoint import save_pruned
+from blockpruner.surgery.gaps import UNREPAIRED, repaired, reweighted
 from blockpruner.tables import foldings
-from blockpruner.updates import contribution, stream_after
+from blockpruner.texts.examples import examples_of
 
 LLAMA_LIKE = ["causal/llama", "causal/mistral", "causal/qwen2", "causal/qwen3", "causal/gpt2", "causal/granite"]
 

@@ -5,11 +5,11 @@ import dataclasses
 from toys import NOISE, Toy, tangled, toy_problem
 
 from blockpruner.artifacts import Work
-from blockpruner.driver import run
-from blockpruner.rehearsal import Rehearsal
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.greedy import Greedy
-from blockpruner.searching import DENSE
+from blockpruner.searching.contract import DENSE
+from blockpruner.searching.driver import run
+from blockpruner.searching.rehearsal import Rehearsal
 
 
 class Sized(Toy):

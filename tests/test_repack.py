@@ -8,16 +8,16 @@ import transformers
 import zoo
 from tiny import anatomy_of, shared, tiny
 
-from blockpruner import smaller as search
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import parse_mask
-from blockpruner.fields import countings, options
-from blockpruner.likeness import Likeness, looks
-from blockpruner.origins import Origin
-from blockpruner.pairing import NewLayer, Rest, Unfit
-from blockpruner.reloading import first_output
-from blockpruner.repack import repacked, smaller_model
-from blockpruner.surgery import skipped
+from blockpruner.surgery import smaller as search
+from blockpruner.surgery.fields import countings, options
+from blockpruner.surgery.likeness import Likeness, looks
+from blockpruner.surgery.origins import Origin
+from blockpruner.surgery.pairing import NewLayer, Rest, Unfit
+from blockpruner.surgery.reloading import first_output
+from blockpruner.surgery.removal import skipped
+from blockpruner.surgery.repack import repacked, smaller_model
 
 OLDER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 

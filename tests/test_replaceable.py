@@ -9,23 +9,23 @@ import zoo
 from labs import SIGNS, made
 from tiny import FAMILIES
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import parse_mask
-from blockpruner.closed_form import fill_gaps
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.errors import InputError, RunFolderError
-from blockpruner.examples import examples_of
-from blockpruner.gaps import filled, gaps, repaired
-from blockpruner.models import load
-from blockpruner.objective import ModelObjective
+from blockpruner.loading.models import load
 from blockpruner.objectives.kl import KL
 from blockpruner.plan import Plan
 from blockpruner.planning import find_plan, prepare
 from blockpruner.price import quote
 from blockpruner.recoveries import parse_recovery
-from blockpruner.recovery import Bench
+from blockpruner.repairs.closed_form import fill_gaps
+from blockpruner.repairs.recovery import Bench
 from blockpruner.replaceable import Replacing
-from blockpruner.searching import DENSE
+from blockpruner.searching.contract import DENSE
 from blockpruner.subject import open_subject
+from blockpruner.surgery.gaps import filled, gaps, repaired
+from blockpruner.texts.examples import examples_of
 
 # In each a layer that loses all its blocks, and one that loses one of them.
 ARCHITECTURES = {

@@ -14,22 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import token_ids
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Move
 from blockpruner.criteria import CRITERIA, parse_criterion
-from blockpruner.criterion import Lab
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.errors import InputError, RunFolderError
-from blockpruner.evaluations import Evaluations
-from blockpruner.examples import Signs, examples_of
-from blockpruner.models import load
-from blockpruner.moves import offered
-from blockpruner.objective import ModelObjective
-from blockpruner.ranking import ranks, spearman
+from blockpruner.importance.criterion import Lab
+from blockpruner.importance.ranking import ranks, spearman
+from blockpruner.loading.models import load
 from blockpruner.registry import format_method
 from blockpruner.scores import ScoreTable, least_first
 from blockpruner.scoring import compare, score
+from blockpruner.searching.evaluations import Evaluations
+from blockpruner.searching.moves import offered
 from blockpruner.subject import open_subject, subject_of
+from blockpruner.texts.examples import Signs, examples_of
 
 # Cheap settings of those that sample or learn.
 QUICK = {"shapley": "shapley:permutations=8", "gates": "gates:steps=40", "coalitions": "coalitions:draws=40"}

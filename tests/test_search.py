@@ -13,7 +13,6 @@ from toys import NOISE, Toy, additive, plan_of, tangled, toy_outline, toy_proble
 
 from blockpruner.artifacts import Estimate, Work
 from blockpruner.blocks import Block, Move
-from blockpruner.driver import price, run
 from blockpruner.errors import CheckFailedError
 from blockpruner.journal import Journal
 from blockpruner.plan import Plan
@@ -25,7 +24,8 @@ from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.random import Random
 from blockpruner.searches.span import Span
 from blockpruner.searches.swap import Swap
-from blockpruner.searching import DENSE, Best, Chosen, Problem, Proposals, Stop, lowest
+from blockpruner.searching.contract import DENSE, Best, Chosen, Problem, Proposals, Stop, lowest
+from blockpruner.searching.driver import price, run
 
 IDENTITY = {"model": "toy"}
 EVALUATIONS = 1 + 8 + 7 + 6 + 5 + 4  # of the dense model, and of 5 of 8 blocks

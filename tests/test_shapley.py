@@ -14,12 +14,12 @@ from toys import Toy, additive, tangled, toy_outline
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Block, Move
 from blockpruner.criteria import shapley as module
-from blockpruner.criterion import Lab
 from blockpruner.errors import InputError
-from blockpruner.evaluations import Evaluations
-from blockpruner.game import MASKS
+from blockpruner.importance.criterion import Lab
+from blockpruner.importance.game import MASKS
 from blockpruner.journal import Journal
-from blockpruner.searching import BatchByBatch
+from blockpruner.searching.contract import BatchByBatch
+from blockpruner.searching.evaluations import Evaluations
 
 Shapley: Any = module.Shapley  # so that a score may be read without saying each time that it is not None
 BLOCKS = toy_outline(4).blocks

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from test_streams import anatomy_of, lab_of, moves_of, spans, states_of
 from torch.nn.functional import cosine_similarity
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import Move, parse_mask
 from blockpruner.criteria.angular import Angular
 from blockpruner.criteria.cosine import Cosine
 from blockpruner.criteria.relative_magnitude import RelativeMagnitude
 from blockpruner.criteria.update_norm import UpdateNorm
-from blockpruner.criterion import Lab
 from blockpruner.errors import InputError
+from blockpruner.importance.criterion import Lab
 from blockpruner.registry import format_method, parse_method
 
 SHELF: dict[str, Any] = {
@@ -107,7 +107,7 @@ def on_states(text, before, after):
         shown.append(compare(torch.tensor(before)[None], torch.tensor(after)[None]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blockpruner.streams.scores_by_state", scores_by_state)
+        patch.setattr("blockpruner.importance.streams.scores_by_state", scores_by_state)
         method.scores(None, ())
     return shown[0][0].tolist()
 

@@ -10,19 +10,19 @@ import zoo
 from labs import SIGNS, made
 from tiny import FAMILIES
 
-from blockpruner import checkpoint
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import parse_mask
-from blockpruner.closed_form import WORSE
 from blockpruner.errors import InputError
-from blockpruner.examples import examples_of
-from blockpruner.gaps import Repair, gaps, repaired
-from blockpruner.normal_equations import NormalEquations, ridge_map
 from blockpruner.recoveries import parse_chain, parse_recovery
 from blockpruner.recovering import recover
-from blockpruner.recovery import Bench
-from blockpruner.span_maps import SpanAt
-from blockpruner.spans import layer_map, spans
+from blockpruner.repairs.closed_form import WORSE
+from blockpruner.repairs.normal_equations import NormalEquations, ridge_map
+from blockpruner.repairs.recovery import Bench
+from blockpruner.repairs.span_maps import SpanAt
+from blockpruner.repairs.spans import layer_map, spans
+from blockpruner.surgery import checkpoint
+from blockpruner.surgery.gaps import Repair, gaps, repaired
+from blockpruner.texts.examples import examples_of
 
 ARCHITECTURES = (
     "causal/llama",

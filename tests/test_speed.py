@@ -12,9 +12,8 @@ import tiny
 import torch
 import zoo
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import Move
-from blockpruner.costs import Card
 from blockpruner.errors import InputError
 from blockpruner.evaluation import speed, timing
 from blockpruner.evaluation.compute import LENGTHS, counted, laws, on_card, prefill_flops
@@ -23,9 +22,10 @@ from blockpruner.evaluation.memory import random_inputs, read_ledger
 from blockpruner.evaluation.speed import Benchmark, Contestant, interleaved, measure
 from blockpruner.evaluation.timing import Protocol, Run, SpeedUp, Timing, parse_protocol
 from blockpruner.plan import Plan
+from blockpruner.searching.costs import Card
+from blockpruner.searching.targets import Speed
 from blockpruner.subject import subject_of
-from blockpruner.surgery import skipped
-from blockpruner.targets import Speed
+from blockpruner.surgery.removal import skipped
 from blockpruner.weighing_tables import print_benchmark
 
 SHORT = Protocol(batch=2, context=12, new=3, rounds=6, warm_up=1)

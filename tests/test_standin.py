@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from blockpruner import standin
-from blockpruner.anatomy import read_anatomy
-from blockpruner.surgery import prune_, skipped
+from blockpruner.anatomy.reading import read_anatomy
+from blockpruner.surgery.removal import prune_, skipped
 
 REMOVED = ("attention.0", "mlp.2")
 MATRIX = ("llama", "gemma3", "qwen2-moe", "gpt2", "bloom", "opt", "phi")

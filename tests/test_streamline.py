@@ -1,6 +1,7 @@
 """Layers that are trained to make up for those that are gone: which, on what, and that it is that alone."""
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,14 +9,14 @@ import torch
 import zoo
 from labs import examples, made
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import parse_mask
-from blockpruner.examples import examples_of
-from blockpruner.gaps import UNREPAIRED, repaired
-from blockpruner.pupil import Pupil
 from blockpruner.recoveries import parse_chain
-from blockpruner.recovery import Bench
-from blockpruner.streamlining import Streams, places
+from blockpruner.repairs.pupil import Pupil
+from blockpruner.repairs.recovery import Bench
+from blockpruner.repairs.streamlining import Streams, places
+from blockpruner.surgery.gaps import UNREPAIRED, repaired
+from blockpruner.texts.examples import examples_of
 
 FAST = "lr=0.01,batch=4,accumulate=1,epochs=4,warmup=0"
 
@@ -89,7 +90,7 @@ def test_loss_and_gradients_are_those_of_whole_passes(name):
         truth = [p.grad for p in numbers]
         for p in numbers:
             p.grad = None
-        lesson = Streams(Pupil(model, anatomy, mask), behind)
+        lesson = Streams(Pupil(model, anatomy, mask), [*behind.values()])
         assert lesson.weigh(part) == 3
         assert lesson.measure(part) == pytest.approx(3 * plain, rel=1e-5)
         assert lesson.backward(part, 1 / 3) == pytest.approx(3 * plain, rel=1e-5)
@@ -127,9 +128,44 @@ def test_only_the_layers_beside_gaps_change_and_what_they_miss_becomes_less(name
     assert all(key.startswith(tuple(changed)) for key in repair.weights)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert len(records) == len(changed)
-    behind = {place.path: place.behind for place in places(anatomy, bench.mask)}
+    behind = [place.behind for place in places(anatomy, bench.mask)]
     missing = [Streams(Pupil(model, anatomy, bench.mask, each), behind).measure(text) for each in (UNREPAIRED, repair)]
     assert missing[1] < 0.9 * missing[0]
+
+
+def test_maps_that_stand_in_a_run_count_as_what_is_there():
+    """The layer before the run is to do what is missing behind the maps, not what they do already."""
+    model, anatomy = made("causal/llama")
+    mask = parse_mask("attention.1+mlp.1+attention.2+mlp.2")
+    text = examples(model, 8, 16)
+    bench = Bench(model, anatomy, mask, text, text, force=True)
+    linear, streamline = parse_chain(f"linear,streamline:{FAST}")
+    filled, _ = linear.repair(bench)
+    (place,) = places(anatomy, mask)
+
+    def missing(repair):
+        with repaired(model, anatomy, mask, repair), torch.no_grad():
+            found = streams_of(model, text, [place.behind])[place.behind]
+        with torch.no_grad():
+            wanted = streams_of(model, text, [place.behind])[place.behind]
+        return float(((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean())
+
+    assert filled.replacements
+    assert Streams(Pupil(model, anatomy, mask, filled), [place.behind]).measure(text) == pytest.approx(
+        8 * missing(filled), rel=1e-4
+    )
+    both, _ = streamline.repair(replace(bench, start=filled))
+    assert missing(both) < missing(filled)
+
+
+@pytest.mark.parametrize("mask", ["dense", "+".join(f"attention.{n}+mlp.{n}" for n in range(4))])
+def test_where_no_layer_is_left_beside_a_gap_nothing_is_done_and_said(mask):
+    model, anatomy = made("causal/llama")
+    bench = Bench(model, anatomy, parse_mask(mask), examples(model, 4, 16), examples(model, 4, 16))
+    (method,) = parse_chain("streamline")
+    repair, (record,) = method.repair(bench)
+    assert repair == UNREPAIRED
+    assert "no layer is left beside it" in record.reason
 
 
 def test_an_encoder_without_a_head_is_judged_by_what_is_missing():

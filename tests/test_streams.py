@@ -10,17 +10,17 @@ import pytest
 import torch
 import zoo
 
-from blockpruner import streams
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.probing import accepts, first_tensor, recorded
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import Move, parse_mask
-from blockpruner.criterion import Lab
 from blockpruner.errors import InputError
-from blockpruner.evaluations import Notes
-from blockpruner.examples import IGNORED, Examples
-from blockpruner.moves import GRANULARITIES
-from blockpruner.probing import accepts, first_tensor, recorded
-from blockpruner.streams import _Reader, passes, scores_by_state
-from blockpruner.surgery import skipped
+from blockpruner.importance import streams
+from blockpruner.importance.criterion import Lab
+from blockpruner.importance.streams import _Reader, passes, scores_by_state
+from blockpruner.searching.evaluations import Notes
+from blockpruner.searching.moves import GRANULARITIES
+from blockpruner.surgery.removal import skipped
+from blockpruner.texts.examples import IGNORED, Examples
 
 DENSE = frozenset()
 NO_EVALUATIONS: Any = None  # states are compared without a loss

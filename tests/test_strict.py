@@ -32,8 +32,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from blockpruner.errors import InputError, MachineError, UnsupportedModelError
-from blockpruner.gate import check_checkpoint
-from blockpruner.strict import auto_class, quietly, read_weights
+from blockpruner.loading.gate import check_checkpoint
+from blockpruner.loading.strict import auto_class, quietly, read_weights
 
 torch.set_num_threads(2)
 

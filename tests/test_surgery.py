@@ -9,11 +9,11 @@ import torch
 from tiny import FAMILIES, LanguageModel, anatomy_of, shared, token_ids
 from torch import nn
 
-from blockpruner.anatomy import Anatomy
+from blockpruner.anatomy.reading import Anatomy
 from blockpruner.blocks import Block, Move
 from blockpruner.errors import InputError
 from blockpruner.plan import Plan
-from blockpruner.surgery import prune_, skipped
+from blockpruner.surgery.removal import prune_, skipped
 
 # Per family, below the layer, what must be zero for a branch to add nothing: read in transformers' modelling files.
 SWIGLU = {"attention": ("self_attn.o_proj",), "mlp": ("mlp.down_proj",)}

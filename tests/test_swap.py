@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from toys import NOISE, Toy, additive, plan_of, tangled, toy_outline, toy_problem
 
 from blockpruner.blocks import Block, Move, Outline
-from blockpruner.driver import price, run
 from blockpruner.errors import CheckFailedError, InputError
 from blockpruner.journal import Journal
-from blockpruner.moves import Target
-from blockpruner.permutations import number
 from blockpruner.searches.enumeration import Enumeration
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.swap import Swap
-from blockpruner.searching import DENSE, Problem, Stop
+from blockpruner.searching.contract import DENSE, Problem, Stop
+from blockpruner.searching.driver import price, run
+from blockpruner.searching.moves import Target
+from blockpruner.searching.permutations import number
 
 NOISE_MEAN = sum(map(sum, NOISE)) / sum(map(len, NOISE))
 CHEAP, DEAR = {Block("attention", 0), Block("attention", 1)}, {Block("mlp", 0), Block("mlp", 1)}

@@ -10,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Toy, additive, plan_of, tangled, toy_outline, toy_problem
 
-from blockpruner import driver
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Block, Outline
-from blockpruner.costs import Costs, CostTable, format_bytes, parse_bytes, parse_card
 from blockpruner.errors import InputError
-from blockpruner.evaluations import Evaluations
-from blockpruner.moves import Target
 from blockpruner.searches import SEARCHES
 from blockpruner.searches.enumeration import Enumeration
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.greedy import Greedy
 from blockpruner.searches.knapsack import Knapsack, cheapest
 from blockpruner.searches.one_shot import gone
-from blockpruner.searching import DENSE, Problem, Stop
-from blockpruner.targets import Goals, Memory, Speed, parse_target
+from blockpruner.searching import driver
+from blockpruner.searching.contract import DENSE, Problem, Stop
+from blockpruner.searching.costs import Costs, CostTable, format_bytes, parse_bytes, parse_card
+from blockpruner.searching.evaluations import Evaluations
+from blockpruner.searching.moves import Target
+from blockpruner.searching.targets import Goals, Memory, Speed, parse_target
 
 TEXTS = [
     "memory=16GiB,context=32768,batch=8",

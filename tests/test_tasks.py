@@ -14,7 +14,7 @@ from blockpruner.evaluation.task_files import digest_of
 from blockpruner.evaluation.task_table import Items, TaskResult, TaskTable
 from blockpruner.evaluation.tasks import OWN, Harness
 from blockpruner.evaluation_tables import print_tasks
-from blockpruner.models import load
+from blockpruner.loading.models import load
 
 pytest.importorskip("lm_eval")
 

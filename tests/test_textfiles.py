@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockpruner import textfiles
 from blockpruner.errors import InputError, MachineError
-from blockpruner.textfiles import read_documents, read_text
+from blockpruner.texts import files as textfiles
+from blockpruner.texts.files import read_documents, read_text
 
 
 def documents(path, column=None):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy
 import pytest
 
-from blockpruner import texts
 from blockpruner.errors import InputError, MachineError
-from blockpruner.texts import open_texts
+from blockpruner.texts import sources as texts
+from blockpruner.texts.sources import open_texts
 
 RECORDS = [
     {"instruction": f"Name {number} dogs.", "input": "" if number % 3 else f"Dogs of {number}.", "output": "Rex."}

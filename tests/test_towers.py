@@ -12,9 +12,9 @@ from torch import Tensor
 from towers import IMAGE, TOKENS, TOWERS, VIDEO, shared
 from zoo import LanguageModel
 
-from blockpruner.anatomy import Anatomy, read_anatomy
+from blockpruner.anatomy.reading import Anatomy, read_anatomy
 from blockpruner.blocks import Block, Kind
-from blockpruner.surgery import prune_, skipped
+from blockpruner.surgery.removal import prune_, skipped
 
 TOLERANCE = 1e-4
 PROMPT, NEW = 16, 8

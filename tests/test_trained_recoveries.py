@@ -12,21 +12,21 @@ from labs import examples, made
 from transformers import AutoModelForCausalLM
 
 from blockpruner import recoveries
-from blockpruner.adapters import Updates
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.probing import evaluating
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import parse_mask
-from blockpruner.closed_form import MADE_UP
 from blockpruner.errors import InputError, MachineError
-from blockpruner.examples import examples_of
-from blockpruner.factors import lora_targets
-from blockpruner.gaps import UNREPAIRED, Gap, Repair, gaps, repaired
-from blockpruner.probing import evaluating
-from blockpruner.pupil import Pupil
 from blockpruner.recoveries import RECOVERIES, check_installed, format_chain, parse_chain
 from blockpruner.recovering import recover as recovered
-from blockpruner.recovery import Bench, RecoveryRecord, Trained
+from blockpruner.repairs.adapters import Updates
+from blockpruner.repairs.closed_form import MADE_UP
+from blockpruner.repairs.factors import lora_targets
+from blockpruner.repairs.pupil import Pupil
+from blockpruner.repairs.recovery import Bench, RecoveryRecord, Trained
+from blockpruner.repairs.updates import UpdatesAt, token_axes
 from blockpruner.standin import Replacement, StandIn
-from blockpruner.updates import UpdatesAt, token_axes
+from blockpruner.surgery.gaps import UNREPAIRED, Gap, Repair, gaps, repaired
+from blockpruner.texts.examples import examples_of
 
 recover: Any = recovered  # what it may not know, it knows here: losses and errors are numbers
 QUICK = "batch=4,accumulate=1,epochs=4"

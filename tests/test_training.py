@@ -12,19 +12,19 @@ import torch
 from labs import examples, made
 from torch import nn
 
-from blockpruner import teaching, training
+from blockpruner.anatomy.probing import accepts, evaluating
 from blockpruner.blocks import parse_mask
-from blockpruner.courses import Course, Number, Trace, rates, windows_of_step
 from blockpruner.errors import CheckFailedError, InputError, RunFolderError
-from blockpruner.examples import IGNORED, Examples
-from blockpruner.gaps import Repair, gaps
-from blockpruner.probing import accepts, evaluating
-from blockpruner.pupil import Pupil, asking
-from blockpruner.recovery import Trained
+from blockpruner.repairs import teaching, training
+from blockpruner.repairs.courses import Course, Number, Trace, rates, windows_of_step
+from blockpruner.repairs.pupil import Pupil, asking
+from blockpruner.repairs.recovery import Trained
+from blockpruner.repairs.teaching import Predictions
+from blockpruner.repairs.training import train
 from blockpruner.standin import Replacement
-from blockpruner.surgery import skipped
-from blockpruner.teaching import Predictions
-from blockpruner.training import train
+from blockpruner.surgery.gaps import Repair, gaps
+from blockpruner.surgery.removal import skipped
+from blockpruner.texts.examples import IGNORED, Examples
 
 QUICK = Trained(lr=0.05, batch=2, accumulate=2, epochs=2, evaluate_every=1)
 

@@ -12,10 +12,10 @@ import torch
 import zoo
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.parts import Anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import Block, Mask
-from blockpruner.parts import Anatomy
-from blockpruner.surgery import prune_, silenced, skipped
+from blockpruner.surgery.removal import prune_, silenced, skipped
 
 AUTO_CLASSES = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "seq2seq": AutoModelForSeq2SeqLM}
 CAUSAL = """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next gemma gemma2 gemma3_text phi phi3 olmo

@@ -14,17 +14,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from blockpruner import cli, cluster, planning
+from blockpruner import cli, planning
 from blockpruner.blocks import Block, Mask
+from blockpruner.engine import cluster
+from blockpruner.engine.hands import Crew, Hand
+from blockpruner.engine.masktree import sweep_work
+from blockpruner.engine.units import Unit, cut
+from blockpruner.engine.workers import REPEATS, Workers, spread
 from blockpruner.errors import CheckFailedError, InputError, MachineError
-from blockpruner.hands import Crew, Hand
-from blockpruner.masktree import sweep_work
-from blockpruner.models import load
+from blockpruner.loading.models import load
 from blockpruner.planning import find_plan, prepare
-from blockpruner.searching import DENSE
+from blockpruner.searching.contract import DENSE
 from blockpruner.subject import open_subject
-from blockpruner.units import Unit, cut
-from blockpruner.workers import REPEATS, Workers, spread
 
 SEARCH = {"target": "blocks=3", "tokens": 2048, "window": 64, "search": "exhaustive"}
 
@@ -84,6 +85,7 @@ def test_a_search_whose_worker_is_killed_ends_in_the_plan_of_one_process(workers
 
 
 def test_an_error_in_a_worker_names_it_and_says_what_it_was(workers):
+    list(workers.losses({0: [DENSE]}))  # now they are there
     worker = next(iter(workers._idle))
     workers._idle.remove(worker)
     workers._give(worker, Unit(99, (DENSE,)))

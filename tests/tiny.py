@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from blockpruner.anatomy import Anatomy, read_anatomy
+from blockpruner.anatomy.reading import Anatomy, read_anatomy
 
 logging.set_verbosity_error()
 torch.set_num_threads(1)  # on work this small, threads wait for each other longer than they compute

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Block, Mask, Outline
-from blockpruner.moves import Target
 from blockpruner.plan import Plan
-from blockpruner.searching import BatchByBatch, Problem, Search, SearchResult
+from blockpruner.searching.contract import BatchByBatch, Problem, Search, SearchResult
+from blockpruner.searching.moves import Target
 
 NOISE = ((0.0, 0.25), (-0.5, 0.125, 1.0))  # per micro-batch, per window; binary fractions, so that sums are exact
 

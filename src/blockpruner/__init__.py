@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from blockpruner.api import bench, evaluate, explain, inspect, recover, save, score, search
     from blockpruner.blocks import Block, Move
     from blockpruner.errors import BlockprunerError
-    from blockpruner.models import load
+    from blockpruner.loading.models import load
     from blockpruner.plan import Plan
-    from blockpruner.surgery import prune_, skipped
+    from blockpruner.surgery.removal import prune_, skipped
 
     __version__: str
 
@@ -47,13 +47,13 @@ _HOME = {
     "evaluate": "blockpruner.api",
     "explain": "blockpruner.api",
     "inspect": "blockpruner.api",
-    "load": "blockpruner.models",
-    "prune_": "blockpruner.surgery",
+    "load": "blockpruner.loading.models",
+    "prune_": "blockpruner.surgery.removal",
     "recover": "blockpruner.api",
     "save": "blockpruner.api",
     "score": "blockpruner.api",
     "search": "blockpruner.api",
-    "skipped": "blockpruner.surgery",
+    "skipped": "blockpruner.surgery.removal",
 }
 
 

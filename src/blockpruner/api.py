@@ -9,12 +9,11 @@ from typing import Unpack
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner import explaining, scoring
-from blockpruner.anatomy import read_anatomy
+from blockpruner.anatomy.parts import Anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.artifacts import run_folder
 from blockpruner.blocks import Block, Mask, parse_mask
-from blockpruner.calibration import TextOptions
-from blockpruner.checkpoint import Form, Saved
-from blockpruner.criterion import Criterion
+from blockpruner.engine.hands import Crew
 from blockpruner.errors import InputError
 from blockpruner.evaluation import speed
 from blockpruner.evaluation.assess import assess
@@ -24,18 +23,19 @@ from blockpruner.evaluation.quality import evaluate_masks
 from blockpruner.evaluation.speed import Benchmark
 from blockpruner.evaluation.suites import chosen_tasks
 from blockpruner.evaluation.timing import parse_protocol
-from blockpruner.hands import Crew
+from blockpruner.importance.criterion import Criterion
 from blockpruner.inquiry import CHEAP, inquire
 from blockpruner.mending import mend
 from blockpruner.pareto import WITHIN, Pareto, pareto_of
-from blockpruner.parts import Anatomy
 from blockpruner.plan import Plan
 from blockpruner.planning import find_plan, prepare
-from blockpruner.recovery import RecoveryRecord
+from blockpruner.repairs.recovery import RecoveryRecord
 from blockpruner.scores import ScoreTable
 from blockpruner.scoring import compare
-from blockpruner.searching import Progress
+from blockpruner.searching.contract import Progress
 from blockpruner.subject import Subject, save_subject, subject_of
+from blockpruner.surgery.checkpoint import Form, Saved
+from blockpruner.texts.calibration import TextOptions
 
 
 class ScoreOptions(TextOptions, total=False):
@@ -70,7 +70,7 @@ class RecoverOptions(TextOptions, total=False):
 
 
 def inspect(model: PreTrainedModel) -> Anatomy:
-    """Find and prove the blocks of `model`; see `anatomy.read_anatomy`."""
+    """Find and prove the blocks of `model`; see `anatomy.reading`."""
     return read_anatomy(model)
 
 

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blockpruner.criteria import CRITERIA
-from blockpruner.moves import GRANULARITIES, span
 from blockpruner.objectives import OBJECTIVES
 from blockpruner.recipe import Recipe, names
 from blockpruner.recoveries import RECOVERIES
 from blockpruner.searches import SEARCHES
+from blockpruner.searching.moves import GRANULARITIES, span
 
 Rows = list[dict[str, str]]
 TARGETS = {

@@ -16,7 +16,7 @@ from blockpruner.exits import errors_said
 from blockpruner.options import Loading
 
 if TYPE_CHECKING:
-    from blockpruner.hands import Crew
+    from blockpruner.engine.hands import Crew
     from blockpruner.planning import Task
     from blockpruner.price import Price, Receipt
     from blockpruner.subject import Subject
@@ -102,13 +102,13 @@ def say_spent(receipt: "Receipt") -> None:
         for (kind, value), before in zip(kinds.items(), said.work.model_dump().values(), strict=True)
         if before
     ]
-    rest = " in this session" if receipt.resumed else ""
+    rest = " since it was killed" if receipt.resumed else ""
     say(f"spent: {', '.join(shares)} that were said; {_bytes_of(spent)}{duration(spent.seconds)}{rest}")
 
 
 def _bytes_of(price: "Price") -> str:
     """What is read, spilled and held, as far as it is anything, and known."""
-    from blockpruner.costs import readable_bytes
+    from blockpruner.searching.costs import readable_bytes
 
     sizes = {"read": price.traffic.read, "spilled": price.traffic.spilled, "of memory": price.memory}
     return "".join(f"{readable_bytes(size)} {what}; " for what, size in sizes.items() if size)
@@ -130,8 +130,8 @@ def stream_memory(stream: bool, memory: str | None, workers: int = 0) -> int | N
 
 def opened(model: str, how: Loading, memory: int | None = None) -> "Subject":
     """The model, proved; with `memory`, in bytes, one that is streamed."""
-    from blockpruner.models import load
-    from blockpruner.streaming import load_streamed
+    from blockpruner.loading.models import load
+    from blockpruner.loading.streaming import load_streamed
     from blockpruner.subject import open_subject
 
     say(f"loading {model}")
@@ -149,7 +149,7 @@ def crew_of(workers: int, address: str | None, model: str, how: Loading) -> "Cre
         if address:
             raise InputError("--ray says where workers are, and there are none", fix="add --workers 8")
         return None
-    from blockpruner.hands import Crew
+    from blockpruner.engine.hands import Crew
 
     return Crew(workers, model, address, how.dtype, how.revision, how.remote, how.pickle)
 

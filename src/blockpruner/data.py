@@ -7,18 +7,18 @@ from typing import Any, Unpack
 
 import torch
 
-from blockpruner.calibration import CalibrationRecord, TextOptions, load_calibration
+from blockpruner.engine.limits import context, usual_window
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.errors import InputError
-from blockpruner.examples import Examples, Signs, examples_of, question
-from blockpruner.gaps import Filling
-from blockpruner.items import item_examples, read_items
-from blockpruner.limits import context, usual_window
+from blockpruner.loading.models import computation
 from blockpruner.measuring import Measure
-from blockpruner.models import computation
-from blockpruner.objective import ModelObjective
 from blockpruner.objectives import OBJECTIVES
 from blockpruner.registry import format_method
 from blockpruner.subject import Subject
+from blockpruner.surgery.gaps import Filling
+from blockpruner.texts.calibration import CalibrationRecord, TextOptions, load_calibration
+from blockpruner.texts.examples import Examples, Signs, examples_of, question
+from blockpruner.texts.items import item_examples, read_items
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,19 @@ import sys
 from pathlib import Path
 
 from blockpruner.blocks import Mask
-from blockpruner.calibration import load_calibration
 from blockpruner.console import Progress, duration, say
-from blockpruner.driver import run
 from blockpruner.errors import CheckFailedError
 from blockpruner.evaluation.quality import Evaluation, evaluate_masks
-from blockpruner.models import load
+from blockpruner.loading.models import load
 from blockpruner.planning import Task, find_plan, prepare
 from blockpruner.price import quote
-from blockpruner.rehearsal import Rehearsal
 from blockpruner.searches.random import Random
-from blockpruner.searching import Stop
+from blockpruner.searching.contract import Stop
+from blockpruner.searching.driver import run
+from blockpruner.searching.rehearsal import Rehearsal
 from blockpruner.subject import open_subject, save_subject
 from blockpruner.tables import print_evaluation, print_plan, print_saved
+from blockpruner.texts.calibration import load_calibration
 
 WINDOW, SEARCH_TOKENS, EVALUATION_TOKENS, BLOCKS, RANDOM_PLANS = 256, 1024, 8192, 6, 5
 CALIBRATION, HELD_BACK = "builtin[:40]", "builtin[40:]"

@@ -12,20 +12,20 @@ from torch import Tensor
 from blockpruner.artifacts import run_folder
 from blockpruner.blocks import Mask, Move
 from blockpruner.criteria import CRITERIA
-from blockpruner.criterion import Criterion, Lab
 from blockpruner.data import identity
 from blockpruner.evaluation.explanation import ClassEffect, Explanation, StepExplanation
 from blockpruner.evaluation.interactions import partners
 from blockpruner.evaluation.stream_account import stream_account
 from blockpruner.evaluation.token_classes import DEFINITIONS, TokenClass, effects, token_classes
-from blockpruner.evaluations import Evaluations
 from blockpruner.evidence import choice, place
-from blockpruner.examples import IGNORED
+from blockpruner.importance.criterion import Criterion, Lab
 from blockpruner.inquiry import Inquiry
 from blockpruner.journal import Journal
 from blockpruner.registry import format_method
 from blockpruner.scores import CriterionScores
-from blockpruner.searching import DENSE, Progress
+from blockpruner.searching.contract import DENSE, Progress
+from blockpruner.searching.evaluations import Evaluations
+from blockpruner.texts.examples import IGNORED
 
 
 def explain(inquiry: Inquiry, run: Path | None = None, progress: Progress | None = None) -> Explanation:

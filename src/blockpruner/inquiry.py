@@ -8,26 +8,26 @@ from typing import Unpack
 
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask, Move
-from blockpruner.calibration import TextOptions
 from blockpruner.criteria import CRITERIA, parse_criterion
-from blockpruner.criterion import Criterion, Lab
 from blockpruner.data import Data, read_data
+from blockpruner.engine.limits import usual_window
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.errors import InputError
 from blockpruner.evaluation.interactions import Seen
-from blockpruner.evaluations import Evaluations, Notes
 from blockpruner.evidence import known_scores, seen_losses
-from blockpruner.examples import question
+from blockpruner.importance.criterion import Criterion, Lab
 from blockpruner.journal import Journal
-from blockpruner.limits import usual_window
-from blockpruner.moves import offered, parse_protected
-from blockpruner.objective import ModelObjective
 from blockpruner.objectives.embedding import Embedding
 from blockpruner.objectives.loss import Loss
 from blockpruner.plan import Plan
 from blockpruner.registry import format_method
 from blockpruner.scores import CriterionScores
-from blockpruner.searching import DENSE, Progress
+from blockpruner.searching.contract import DENSE, Progress
+from blockpruner.searching.evaluations import Evaluations, Notes
+from blockpruner.searching.moves import offered, parse_protected
 from blockpruner.subject import Subject
+from blockpruner.texts.calibration import TextOptions
+from blockpruner.texts.examples import question
 
 CHEAP = ("cosine", "relative-magnitude", "update-norm", "magnitude")
 TOKENS, WINDOW = 4096, 512

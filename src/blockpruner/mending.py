@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Required, Unpack
 
 from blockpruner.artifacts import run_folder
-from blockpruner.calibration import TextOptions
-from blockpruner.checkpoint import Saved
 from blockpruner.data import read_data
 from blockpruner.errors import CheckFailedError, InputError
-from blockpruner.examples import Examples
-from blockpruner.gaps import Repair
 from blockpruner.objectives.loss import Loss
 from blockpruner.plan import Plan
 from blockpruner.recoveries import RECOVERIES, check_installed, parse_chain
 from blockpruner.recovering import HELD_OUT, apart, recover
-from blockpruner.recovery import Recovery, RecoveryRecord, Trained
 from blockpruner.registry import format_method
-from blockpruner.searching import Progress
+from blockpruner.repairs.recovery import Recovery, RecoveryRecord, Trained
+from blockpruner.searching.contract import Progress
 from blockpruner.standin import MODEL_TYPE
 from blockpruner.subject import Subject, save_subject
+from blockpruner.surgery.checkpoint import Saved
+from blockpruner.surgery.gaps import Repair
+from blockpruner.texts.calibration import TextOptions
+from blockpruner.texts.examples import Examples
 
 
 class MendOptions(TextOptions, total=False):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from blockpruner.artifacts import Estimate
 from blockpruner.plan import ModelIdentity, Plan
-from blockpruner.recovery import RecoveryRecord
+from blockpruner.repairs.recovery import RecoveryRecord
 
 LONGEST = 120  # letters of a user's word
 HEAD = 65536  # bytes of another card in which its license is looked for

@@ -9,7 +9,7 @@ import typer
 from blockpruner.errors import InputError
 
 if TYPE_CHECKING:
-    from blockpruner.calibration import TextOptions
+    from blockpruner.texts.calibration import TextOptions
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub name, folder, .gguf file, or `demo`.")]
 Run = Annotated[

@@ -3,9 +3,9 @@
 from typing import ClassVar
 
 from blockpruner.artifacts import Artifact, Estimate, Record, Work
-from blockpruner.calibration import CalibrationRecord
 from blockpruner.plan import ModelIdentity
 from blockpruner.recipe import Recipe
+from blockpruner.texts.calibration import CalibrationRecord
 
 
 class Contestant(Record):

@@ -10,9 +10,9 @@ from pydantic import Field
 
 from blockpruner.artifacts import Artifact, Estimate, Record
 from blockpruner.blocks import Mask
-from blockpruner.costs import Costs, CostTable
 from blockpruner.errors import InputError
 from blockpruner.plan import Plan
+from blockpruner.searching.costs import Costs, CostTable
 
 if TYPE_CHECKING:
     from blockpruner.subject import Subject

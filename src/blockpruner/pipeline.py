@@ -3,26 +3,26 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from blockpruner import driver
+from blockpruner.anatomy.parts import Layer, layer_stand_ins
 from blockpruner.artifacts import Work
 from blockpruner.blocks import Mask, format_mask
-from blockpruner.checkpoint import Saved
 from blockpruner.data import Data, read_data
-from blockpruner.evaluations import Evaluations
-from blockpruner.hands import Crew
+from blockpruner.engine.hands import Crew
 from blockpruner.mending import Mended, mend
 from blockpruner.objectives import OBJECTIVES
 from blockpruner.outcome import Contestant, Outcome
-from blockpruner.parts import Layer, layer_stand_ins
 from blockpruner.plan import Plan
 from blockpruner.planning import Task, find_plan, prepare
 from blockpruner.recipe import Recipe
 from blockpruner.registry import format_method
-from blockpruner.rehearsal import Rehearsal
 from blockpruner.searches.random import Random
-from blockpruner.searching import DENSE, Progress
+from blockpruner.searching import driver
+from blockpruner.searching.contract import DENSE, Progress
+from blockpruner.searching.evaluations import Evaluations
+from blockpruner.searching.rehearsal import Rehearsal
 from blockpruner.standin import Replacement
 from blockpruner.subject import Subject, save_subject
+from blockpruner.surgery.checkpoint import Saved
 
 RANDOMS = 5
 

@@ -15,10 +15,10 @@ from blockpruner.artifacts import Artifact, Estimate, Record, Work, read_json
 from blockpruner.blocks import Block, Mask, Move, Outline
 from blockpruner.errors import InputError
 from blockpruner.foreign import read_moves
-from blockpruner.moves import format_protected
 from blockpruner.registry import format_method
 from blockpruner.searches import SEARCHES
-from blockpruner.searching import Problem, Search, SearchResult
+from blockpruner.searching.contract import Problem, Search, SearchResult
+from blockpruner.searching.moves import format_protected
 
 
 def _parses(text: str, kind: type[Block] | type[Move]) -> str:

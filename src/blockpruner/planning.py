@@ -7,34 +7,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import Unpack
 
-from blockpruner import driver
 from blockpruner.artifacts import Estimate, Traffic, run_folder
 from blockpruner.blocks import Mask, Move
-from blockpruner.calibration import TextOptions
-from blockpruner.costs import parse_card
 from blockpruner.criteria import CRITERIA, parse_criterion
-from blockpruner.criterion import Criterion, Lab
 from blockpruner.data import Data, identity, read_data
+from blockpruner.engine.hands import Crew
+from blockpruner.engine.objective import ModelObjective
+from blockpruner.engine.workers import spread
 from blockpruner.errors import InputError
 from blockpruner.evaluation.costing import bound, table_of
-from blockpruner.evaluations import Evaluations, Notes
-from blockpruner.examples import Examples
-from blockpruner.hands import Crew
+from blockpruner.importance.criterion import Criterion, Lab
 from blockpruner.journal import Journal
-from blockpruner.moves import format_protected, parse_protected
-from blockpruner.objective import ModelObjective
 from blockpruner.objectives import OBJECTIVES, parse_objective
 from blockpruner.plan import Plan
 from blockpruner.recoveries import parse_recovery
 from blockpruner.registry import format_method
-from blockpruner.rehearsal import Rehearsal
 from blockpruner.replaceable import Replacing
 from blockpruner.scores import Recorded
 from blockpruner.searches import SEARCHES, parse_search
-from blockpruner.searching import Problem, Progress, Scorer, Scores, Search, SearchResult, Stop
+from blockpruner.searching import driver
+from blockpruner.searching.contract import Problem, Progress, Scorer, Scores, Search, SearchResult, Stop
+from blockpruner.searching.costs import parse_card
+from blockpruner.searching.evaluations import Evaluations, Notes
+from blockpruner.searching.moves import format_protected, parse_protected
+from blockpruner.searching.rehearsal import Rehearsal
+from blockpruner.searching.targets import Goals, parse_target
 from blockpruner.subject import Subject
-from blockpruner.targets import Goals, parse_target
-from blockpruner.workers import spread
+from blockpruner.texts.calibration import TextOptions
+from blockpruner.texts.examples import Examples
 
 # What searches see of the data at once, or one window if that is longer, and how fine: races begin with two of these.
 BATCH_TOKENS, SEGMENT = 512, 128

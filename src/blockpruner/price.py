@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from blockpruner.artifacts import Artifact, Record, Traffic, Work
+from blockpruner.engine.hands import Crew
 from blockpruner.evaluation.peaks import peak_memory
-from blockpruner.hands import Crew
 from blockpruner.plan import Plan
 from blockpruner.planning import Task, find_plan
-from blockpruner.searching import DENSE, Progress
+from blockpruner.searching.contract import DENSE, Progress
 
+NAME = "price.json"
 SAMPLED_EVERY = 0.05  # seconds, of the memory of a search
 
 
@@ -36,7 +37,8 @@ class Price(Record):
 class Receipt(Artifact):
     """What was said of a search, and what it took: price.json in its run folder.
 
-    resumed: part of it was paid in an earlier session, so that traffic and seconds are of the rest alone.
+    Sessions of one run folder are added up. resumed: one before the first of them was killed, and left no figures of
+    its traffic and seconds.
     """
 
     FORMAT: ClassVar[str] = "blockpruner.price"
@@ -74,8 +76,10 @@ def search_for(
 
     Memory is that of this process; what workers hold, move and count is theirs.
     """
-    objective, resumed, start = task.objective, (run / "journal.jsonl").exists(), time.perf_counter()
-    objective.moved = Traffic()
+    objective, start = task.objective, time.perf_counter()
+    earlier = Receipt.load(run / NAME) if (run / NAME).exists() else None
+    resumed = earlier.resumed if earlier else (run / "journal.jsonl").exists()
+    objective.moved = earlier.spent.traffic if earlier else Traffic()
     with peak_memory(objective.model.device, every=SAMPLED_EVERY) as taken:
         plan = find_plan(task, run, progress, budget, crew)
     spent = Price(
@@ -86,6 +90,9 @@ def search_for(
         memory=None if taken.peak is None else objective.weight_bytes + taken.peak,
         seconds=time.perf_counter() - start,
     )
+    if earlier:
+        seconds, most = spent.seconds + earlier.spent.seconds, max(spent.memory or 0, earlier.spent.memory or 0)
+        spent = spent.model_copy(update={"seconds": seconds, "memory": most or None})
     receipt = Receipt(format=Receipt.FORMAT, version=Receipt.VERSION, said=said, spent=spent, resumed=resumed)
-    receipt.save(run / "price.json")
+    receipt.save(run / NAME)
     return plan, receipt

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from blockpruner.anatomy.parts import Anatomy
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Mask, format_mask
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.errors import InputError
-from blockpruner.evaluations import Evaluations
-from blockpruner.examples import IGNORED, Examples
-from blockpruner.gaps import UNREPAIRED, Repair, repaired
-from blockpruner.objective import ModelObjective
-from blockpruner.parts import Anatomy
 from blockpruner.recoveries import RECOVERIES, format_chain
-from blockpruner.recovery import Bench, GapRecord, Recovery, RecoveryRecord, StepRecord
 from blockpruner.registry import format_method
-from blockpruner.searching import DENSE, Progress
+from blockpruner.repairs.recovery import Bench, GapRecord, Recovery, RecoveryRecord, StepRecord
+from blockpruner.searching.contract import DENSE, Progress
+from blockpruner.searching.evaluations import Evaluations
+from blockpruner.surgery.gaps import UNREPAIRED, Repair, repaired
+from blockpruner.texts.examples import IGNORED, Examples
 
 RUN = 32  # tokens in a row that two texts have in common
 HELD_OUT = 5  # where no other text is given, the last fifth of the windows is held out
@@ -40,7 +40,7 @@ def recover(
 ) -> tuple[Repair, RecoveryRecord]:
     """The repair of `model` without the blocks of `mask`, and the record of what it is worth on held-out text.
 
-    model: the dense one, which is only borrowed; `surgery.prune_` and `checkpoint.save_pruned` apply a repair.
+    model: the dense one, which is only borrowed; `removal.prune_` and `checkpoint.save_pruned` apply a repair.
     method: one, or a chain of them, each of which goes on from what those before it made. held_out: other examples;
     without them the last fifth of `examples` is held out. A step with which the held-out loss is larger than before it
     is left out, and the record says so, unless `force`. folder: for checkpoints of what is trained, from which the same

@@ -15,16 +15,16 @@ from typing import Protocol, Self, runtime_checkable
 
 from transformers import PreTrainedModel
 
+from blockpruner.anatomy.parts import Anatomy, Layer
 from blockpruner.blocks import Mask, Move
-from blockpruner.closed_form import ClosedForm, fill_gaps
 from blockpruner.errors import InputError
-from blockpruner.examples import Examples
-from blockpruner.gaps import gaps
-from blockpruner.parts import Anatomy, Layer
 from blockpruner.recoveries import RECOVERIES
-from blockpruner.recovery import Bench, Recovery
 from blockpruner.registry import format_method
+from blockpruner.repairs.closed_form import ClosedForm, fill_gaps
+from blockpruner.repairs.recovery import Bench, Recovery
 from blockpruner.standin import Replacement
+from blockpruner.surgery.gaps import gaps
+from blockpruner.texts.examples import Examples
 
 
 @runtime_checkable

@@ -10,11 +10,11 @@ from pydantic import Field
 
 from blockpruner.artifacts import Artifact, Estimate, Record
 from blockpruner.blocks import Mask, Move, parse_mask
-from blockpruner.criterion import Lab, Needs
 from blockpruner.errors import InputError
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.importance.ranking import spearman
 from blockpruner.plan import BlockText, ModelIdentity, MoveText
-from blockpruner.ranking import spearman
-from blockpruner.searching import Scores
+from blockpruner.searching.contract import Scores
 
 
 class CriterionScores(Record):

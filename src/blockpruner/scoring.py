@@ -10,22 +10,22 @@ from typing import Self, Unpack
 
 from blockpruner.artifacts import run_folder
 from blockpruner.blocks import Mask, Move, format_mask
-from blockpruner.calibration import TextOptions
 from blockpruner.criteria import CRITERIA, parse_criterion
-from blockpruner.criterion import Criterion, Lab
 from blockpruner.data import Data, identity, read_data
+from blockpruner.engine.hands import Crew
+from blockpruner.engine.objective import ModelObjective
+from blockpruner.engine.workers import spread
 from blockpruner.errors import InputError
-from blockpruner.evaluations import Evaluations, Notes
-from blockpruner.hands import Crew
+from blockpruner.importance.criterion import Criterion, Lab
 from blockpruner.journal import Journal
-from blockpruner.moves import format_protected, offered, parse_protected
-from blockpruner.objective import ModelObjective
 from blockpruner.objectives import OBJECTIVES, parse_objective
 from blockpruner.registry import format_method
 from blockpruner.scores import CriterionScores, ScoreTable
-from blockpruner.searching import DENSE, Objective, Progress
+from blockpruner.searching.contract import DENSE, Objective, Progress
+from blockpruner.searching.evaluations import Evaluations, Notes
+from blockpruner.searching.moves import format_protected, offered, parse_protected
 from blockpruner.subject import Subject
-from blockpruner.workers import spread
+from blockpruner.texts.calibration import TextOptions
 
 _log = logging.getLogger("blockpruner")
 

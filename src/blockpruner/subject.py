@@ -6,17 +6,17 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockpruner.anatomy import read_anatomy
-from blockpruner.checkpoint import Form, Saved, save_pruned
-from blockpruner.criterion import Criterion
+from blockpruner.anatomy.parts import Anatomy
+from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.errors import InputError
-from blockpruner.gaps import UNREPAIRED, Repair
+from blockpruner.importance.criterion import Criterion
+from blockpruner.loading.models import LoadedModel, identify
 from blockpruner.model_card import Written, license_of, model_card
-from blockpruner.models import LoadedModel, identify
-from blockpruner.parts import Anatomy
 from blockpruner.plan import ModelIdentity, Plan
-from blockpruner.recovery import RecoveryRecord
-from blockpruner.spans import layer_map, spans
+from blockpruner.repairs.recovery import RecoveryRecord
+from blockpruner.repairs.spans import layer_map, spans
+from blockpruner.surgery.checkpoint import Form, Saved, save_pruned
+from blockpruner.surgery.gaps import UNREPAIRED, Repair
 
 
 @dataclass(frozen=True)

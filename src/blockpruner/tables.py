@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from blockpruner.artifacts import Estimate
-from blockpruner.checkpoint import Saved
 from blockpruner.console import table
 from blockpruner.evaluation.quality import Evaluation
-from blockpruner.folding import foldable
+from blockpruner.importance.ranking import ranks
 from blockpruner.outcome import Outcome
 from blockpruner.plan import Plan
-from blockpruner.ranking import ranks
 from blockpruner.recoveries import RECOVERIES
-from blockpruner.recovery import GapRecord, RecoveryRecord
 from blockpruner.registry import format_method
+from blockpruner.repairs.folding import foldable
+from blockpruner.repairs.recovery import GapRecord, RecoveryRecord
 from blockpruner.scores import ScoreTable
 from blockpruner.subject import Subject
+from blockpruner.surgery.checkpoint import Saved
 
 
 def anatomy_json(subject: Subject) -> dict[str, Any]:

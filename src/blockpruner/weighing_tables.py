@@ -1,10 +1,10 @@
 """Speed, memory and Pareto tables on stdout."""
 
 from blockpruner.console import table
-from blockpruner.costs import readable_bytes
 from blockpruner.evaluation.speed import Benchmark, Cell, Figures
 from blockpruner.evaluation.timing import SpeedUp, Timing
 from blockpruner.pareto import AXES, Pareto, Point
+from blockpruner.searching.costs import readable_bytes
 
 
 def print_benchmark(found: Benchmark) -> None:

@@ -138,9 +138,9 @@ def search(
     from blockpruner.planning import prepare
     from blockpruner.price import quote, search_for
     from blockpruner.recoveries import parse_recovery
-    from blockpruner.searching import Stop
+    from blockpruner.searching.contract import Stop
+    from blockpruner.searching.targets import parse_target
     from blockpruner.tables import print_plan
-    from blockpruner.targets import parse_target
 
     if how.recovery:
         parse_recovery(how.recovery)  # a mistake is said before the model is loaded

@@ -49,11 +49,11 @@ def prune(
 ) -> None:
     """Remove the blocks of a plan for good. Writes a checkpoint, reloads it in a fresh process and compares."""
     from blockpruner.artifacts import check_new_folder, read_json
-    from blockpruner.checkpoint import FORMS, Form
-    from blockpruner.lending import lends
+    from blockpruner.loading.lending import lends
     from blockpruner.plan import Plan
     from blockpruner.registry import lookup
     from blockpruner.subject import save_subject
+    from blockpruner.surgery.checkpoint import FORMS, Form
     from blockpruner.tables import print_saved
 
     check_new_folder(out)

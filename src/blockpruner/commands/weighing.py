@@ -17,8 +17,8 @@ from blockpruner.options import LOADING, TEXT, Json, Loading, Seed, Source, Text
 if TYPE_CHECKING:
     from blockpruner.artifacts import Estimate
     from blockpruner.blocks import Mask
-    from blockpruner.costs import Card, Costs
     from blockpruner.evaluation.speed import Contestant
+    from blockpruner.searching.costs import Card, Costs
     from blockpruner.subject import Subject
 
 
@@ -47,9 +47,9 @@ def bench(
 ) -> None:
     """Measure speed and memory. Prefill and decode apart, in turns, with intervals; cache counted and measured."""
     from blockpruner.artifacts import run_folder
-    from blockpruner.costs import parse_bytes
     from blockpruner.evaluation.speed import Benchmark, Contestant, measure
     from blockpruner.evaluation.timing import parse_protocol
+    from blockpruner.searching.costs import parse_bytes
     from blockpruner.weighing_tables import print_benchmark
 
     asked = parse_protocol(protocol)
@@ -91,9 +91,9 @@ def pareto(
 ) -> None:
     """Weigh quality against size, cache and speed. All depths of one or several plans, and where to begin."""
     from blockpruner.artifacts import run_folder
-    from blockpruner.costs import parse_card
     from blockpruner.pareto import pareto_of, plan_file, read_plans
     from blockpruner.pareto_picture import picture
+    from blockpruner.searching.costs import parse_card
     from blockpruner.weighing_tables import print_pareto
 
     card = parse_card(device_spec) if device_spec else None
@@ -160,7 +160,7 @@ def _computed(subject: "Subject", card: "Card") -> "Costs":
     """The time of decoding one sequence on a card that is not here."""
     from blockpruner.evaluation.compute import on_card
     from blockpruner.evaluation.memory import read_ledger
-    from blockpruner.targets import Speed
+    from blockpruner.searching.targets import Speed
 
     return on_card(read_ledger(subject.model, subject.anatomy), card, Speed(Fraction(2)))
 

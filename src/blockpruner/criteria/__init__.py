@@ -13,7 +13,7 @@ from blockpruner.criteria.relative_magnitude import RelativeMagnitude
 from blockpruner.criteria.shapley import Shapley
 from blockpruner.criteria.taylor import Taylor
 from blockpruner.criteria.update_norm import UpdateNorm
-from blockpruner.criterion import Criterion
+from blockpruner.importance.criterion import Criterion
 from blockpruner.registry import parse_method
 
 CRITERIA: dict[str, type[Criterion]] = {

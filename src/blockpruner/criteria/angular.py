@@ -6,8 +6,8 @@ from math import pi
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blockpruner.blocks import Move
-from blockpruner.criterion import Lab, Needs
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.searching.contract import Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,17 +34,17 @@ class Angular:
     moves: ClassVar[str] = "runs of blocks: blocks, layers, spans, stock pairs"
 
     def scores(self, lab: Lab, moves: Sequence[Move]) -> Scores:
-        from blockpruner.streams import scores_by_state
+        from blockpruner.importance.streams import scores_by_state
 
         return scores_by_state(lab, moves, self._angle, name=repr(self), unit="half turns")
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
-        from blockpruner.streams import passes
+        from blockpruner.importance.streams import passes
 
         return passes(lab, moves)
 
     def _angle(self, before: "Tensor", after: "Tensor") -> "Tensor":
-        from blockpruner.streams import directions
+        from blockpruner.importance.streams import directions
 
         if self.tokens == "last":
             before, after = before[:, -1:], after[:, -1:]

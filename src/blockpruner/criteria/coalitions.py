@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Move
-from blockpruner.criterion import Lab, Needs
 from blockpruner.errors import InputError
-from blockpruner.game import Coalition, Game
-from blockpruner.permutations import shuffled
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.importance.game import Coalition, Game
+from blockpruner.searching.contract import Scores
+from blockpruner.searching.permutations import shuffled
 
 _log = logging.getLogger("blockpruner")
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from blockpruner.blocks import Move
-from blockpruner.criterion import Lab, Needs
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.searching.contract import Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,17 +39,17 @@ class Cosine:
     moves: ClassVar[str] = "runs of blocks: blocks, layers, spans, stock pairs"
 
     def scores(self, lab: Lab, moves: Sequence[Move]) -> Scores:
-        from blockpruner.streams import scores_by_state
+        from blockpruner.importance.streams import scores_by_state
 
         return scores_by_state(lab, moves, self._influence, name=repr(self), unit="cosine distance")
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
-        from blockpruner.streams import passes
+        from blockpruner.importance.streams import passes
 
         return passes(lab, moves)
 
     def _influence(self, before: "Tensor", after: "Tensor") -> "Tensor":
-        from blockpruner.streams import directions
+        from blockpruner.importance.streams import directions
 
         other = after if self.residual else after - before
         return (directions(before) - directions(other)).square().sum(-1) / 2

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Block, Move
-from blockpruner.criterion import Lab, Needs
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.searching.contract import Scores
 
 
 @dataclass(frozen=True)

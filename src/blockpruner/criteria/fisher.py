@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from blockpruner.blocks import Move
-from blockpruner.criterion import Lab, Needs
-from blockpruner.evaluations import estimate
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.searching.contract import Scores
+from blockpruner.searching.evaluations import estimate
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Fisher:
     moves: ClassVar[str] = "any"
 
     def scores(self, lab: Lab, moves: Sequence[Move]) -> Scores:
-        from blockpruner.block_weights import SquaredProducts
-        from blockpruner.gradients import weight_sums
+        from blockpruner.importance.block_weights import SquaredProducts
+        from blockpruner.importance.gradients import weight_sums
 
         found = weight_sums(lab, moves, SquaredProducts, "fisher")
         return {move: estimate(values, "nats squared") for move, values in found.items()}
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
-        from blockpruner.gradients import check_has_loss
+        from blockpruner.importance.gradients import check_has_loss
 
         check_has_loss(lab.model, lab.examples)
         return 4.0

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Move
-from blockpruner.criterion import Lab, Needs
 from blockpruner.errors import InputError
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.searching.contract import Scores
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Gates:
             )
 
     def scores(self, lab: Lab, moves: Sequence[Move]) -> Scores:
-        from blockpruner.gating import GATES, learned, shut
+        from blockpruner.importance.gating import GATES, learned, shut
 
         logits = learned(lab, moves, self)
         shut(lab, moves, self, logits)
@@ -59,7 +59,7 @@ class Gates:
         }
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
-        from blockpruner.gradients import check_has_loss
+        from blockpruner.importance.gradients import check_has_loss
 
         check_has_loss(lab.model, lab.examples)
         return 3.0 * self.steps / len(lab.examples)

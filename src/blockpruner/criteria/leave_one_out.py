@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from blockpruner.blocks import Move
-from blockpruner.criterion import Lab, Needs
-from blockpruner.evaluations import estimate
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.searching.contract import Scores
+from blockpruner.searching.evaluations import estimate
 
 
 @dataclass(frozen=True)

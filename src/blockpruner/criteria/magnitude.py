@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Move
-from blockpruner.criterion import Lab, Needs
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.searching.contract import Scores
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Magnitude:
     moves: ClassVar[str] = "any"
 
     def scores(self, lab: Lab, moves: Sequence[Move]) -> Scores:
-        from blockpruner.block_weights import floats, holdings, in_float, leaving, sums
+        from blockpruner.importance.block_weights import floats, holdings, in_float, leaving, sums
 
         held = holdings(lab.model, lab.anatomy)
         weights = floats(lab.model, (name for move in moves for name in leaving(held, move, lab.mask)))

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Move
-from blockpruner.criterion import Lab, Needs
-from blockpruner.permutations import BITS, number
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.searching.contract import Scores
+from blockpruner.searching.permutations import BITS, number
 
 
 @dataclass(frozen=True)

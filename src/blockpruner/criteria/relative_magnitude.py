@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from blockpruner.blocks import Move
-from blockpruner.criterion import Lab, Needs
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.searching.contract import Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,17 +29,17 @@ class RelativeMagnitude:
     moves: ClassVar[str] = "runs of blocks: blocks, layers, spans, stock pairs"
 
     def scores(self, lab: Lab, moves: Sequence[Move]) -> Scores:
-        from blockpruner.streams import scores_by_state
+        from blockpruner.importance.streams import scores_by_state
 
         return scores_by_state(lab, moves, _share, name=repr(self), unit="L2 norms of the output")
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
-        from blockpruner.streams import passes
+        from blockpruner.importance.streams import passes
 
         return passes(lab, moves)
 
 
 def _share(before: "Tensor", after: "Tensor") -> "Tensor":
-    from blockpruner.streams import lengths
+    from blockpruner.importance.streams import lengths
 
     return (after - before).norm(dim=-1) / lengths(after)

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal
 
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Move
-from blockpruner.criterion import Lab, Needs
 from blockpruner.errors import InputError
-from blockpruner.evaluations import estimate
-from blockpruner.game import Game
-from blockpruner.permutations import Walk, shuffled
-from blockpruner.ranking import spearman
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.importance.game import Game
+from blockpruner.importance.ranking import spearman
+from blockpruner.searching.contract import Scores
+from blockpruner.searching.evaluations import estimate
+from blockpruner.searching.permutations import Walk, shuffled
 
 STRIDE = 8  # places of a walk that are evaluated at once when it may end early
 

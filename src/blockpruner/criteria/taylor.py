@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Move
-from blockpruner.criterion import Lab, Needs
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.searching.contract import Scores
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Taylor:
     moves: ClassVar[str] = "any"
 
     def scores(self, lab: Lab, moves: Sequence[Move]) -> Scores:
-        from blockpruner.block_weights import MeanProducts
-        from blockpruner.gradients import weight_sums
+        from blockpruner.importance.block_weights import MeanProducts
+        from blockpruner.importance.gradients import weight_sums
 
         reason = "the absolute value of a sum over all data is no mean over windows"
         return {
@@ -40,7 +40,7 @@ class Taylor:
         }
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
-        from blockpruner.gradients import check_has_loss
+        from blockpruner.importance.gradients import check_has_loss
 
         check_has_loss(lab.model, lab.examples)
         return 4.0

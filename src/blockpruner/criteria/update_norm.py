@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blockpruner.blocks import Move
-from blockpruner.criterion import Lab, Needs
-from blockpruner.searching import Scores
+from blockpruner.importance.criterion import Lab, Needs
+from blockpruner.searching.contract import Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,18 +32,18 @@ class UpdateNorm:
     moves: ClassVar[str] = "runs of blocks: blocks, layers, spans, stock pairs"
 
     def scores(self, lab: Lab, moves: Sequence[Move]) -> Scores:
-        from blockpruner.streams import scores_by_state
+        from blockpruner.importance.streams import scores_by_state
 
         unit = f"L{self.p} norms of the {self.of}" if self.relative else f"L{self.p} norm"
         return scores_by_state(lab, moves, self._size, name=repr(self), unit=unit)
 
     def cost(self, lab: Lab, moves: Sequence[Move]) -> float:
-        from blockpruner.streams import passes
+        from blockpruner.importance.streams import passes
 
         return passes(lab, moves)
 
     def _size(self, before: "Tensor", after: "Tensor") -> "Tensor":
-        from blockpruner.streams import lengths
+        from blockpruner.importance.streams import lengths
 
         size = (after - before).norm(self.p, dim=-1)
         return size / lengths(before if self.of == "input" else after, self.p) if self.relative else size

@@ -12,7 +12,6 @@ from typing import TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.artifacts import Artifact
-from blockpruner.calibration import Calibration, CalibrationRecord
 from blockpruner.errors import InputError
 from blockpruner.evaluation.assessment import Assessment, Contestant, Opener, Wanted
 from blockpruner.evaluation.generation import check_writes, prompts_of, read_by, written_by
@@ -22,8 +21,9 @@ from blockpruner.evaluation.task_table import TaskResult, TaskTable
 from blockpruner.evaluation.tasks import Harness
 from blockpruner.evaluation.verdict import GenerationCheck
 from blockpruner.evaluation.writings import Written
-from blockpruner.models import computation
-from blockpruner.searching import Progress
+from blockpruner.loading.models import computation
+from blockpruner.searching.contract import Progress
+from blockpruner.texts.calibration import Calibration, CalibrationRecord
 
 TEXT, TASKS, WRITING = "evaluation.json", "tasks.json", "generation.json"
 

@@ -8,16 +8,16 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blockpruner.anatomy.parts import Anatomy
 from blockpruner.blocks import Mask
-from blockpruner.calibration import Calibration, TextOptions
 from blockpruner.errors import InputError
 from blockpruner.evaluation.protocols import Mean, protocol_of
 from blockpruner.evaluation.quality import Evaluation, Quality, load_text
 from blockpruner.evaluation.suites import Task
 from blockpruner.evaluation.task_table import TaskTable
 from blockpruner.evaluation.verdict import GenerationCheck
-from blockpruner.parts import Anatomy
-from blockpruner.surgery import skipped
+from blockpruner.surgery.removal import skipped
+from blockpruner.texts.calibration import Calibration, TextOptions
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from blockpruner.anatomy import grouped_flops
+from blockpruner.anatomy.parts import Anatomy
+from blockpruner.anatomy.probing import MISFIT
+from blockpruner.anatomy.reading import grouped_flops
 from blockpruner.blocks import Block
-from blockpruner.costs import Card, Costs
 from blockpruner.errors import InputError
 from blockpruner.evaluation.memory import Ledger, last_logits, random_inputs
-from blockpruner.parts import Anatomy
-from blockpruner.probing import MISFIT
-from blockpruner.targets import Speed
+from blockpruner.searching.costs import Card, Costs
+from blockpruner.searching.targets import Speed
 
 LENGTHS = (16, 32, 48)  # tokens, from which the law of growth is read
 

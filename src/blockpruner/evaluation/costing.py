@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,16 +11,16 @@ from typing import Any
 from scipy.special import erfcx
 
 from blockpruner.blocks import Block
-from blockpruner.costs import Card, Costs, CostTable
 from blockpruner.errors import InputError
 from blockpruner.evaluation.compute import on_card
 from blockpruner.evaluation.memory import Ledger, read_ledger
 from blockpruner.evaluation.speed import Contestant, interleaved
 from blockpruner.evaluation.timing import Protocol, Run
-from blockpruner.moves import Target
-from blockpruner.searching import Progress
+from blockpruner.searching.contract import Progress
+from blockpruner.searching.costs import Card, Costs, CostTable
+from blockpruner.searching.moves import Target
+from blockpruner.searching.targets import Goals, Memory, Speed
 from blockpruner.subject import Subject
-from blockpruner.targets import Goals, Memory, Speed
 
 ROUNDS, NEW = 7, 8
 TICK = 1e-9  # seconds; no clock is finer
@@ -72,14 +73,17 @@ def measured(subject: Subject, speed: Speed, ledger: Ledger, progress: Progress 
     Blocks of one kind and size are taken for equal. Of each such class every second block is left out at once, in turns
     with the whole model; cost of a block = what `saving` makes of (whole - without) by rounds / number left out, all
     together no more than the whole. So no block costs nothing or less, which no search could reckon with; the source
-    names classes that are not told from nothing (below two standard errors).
+    names classes that are not told from nothing (below two standard errors). Encoders do not run while a decoder
+    writes: there their blocks cost a tick.
     """
-    classes = alike(ledger)
+    decoding = speed.phase == "decode" and subject.model.config.is_encoder_decoder
+    idle = [blocks for blocks in alike(ledger) if decoding and blocks[0].stack.startswith("encoder")]
+    classes = [blocks for blocks in alike(ledger) if blocks not in idle]
     named = {f"without {len(some)} x {some[0]}": some for blocks in classes for some in [blocks[::2]]}
     contestants = [Contestant("whole", subject), *(Contestant(n, subject, frozenset(b)) for n, b in named.items())]
     protocol = Protocol(speed.batch, speed.context, NEW if speed.phase == "decode" else 1, ROUNDS)
     whole, *without = (_seconds(runs, speed) for runs in interleaved(contestants, protocol, progress))
-    each: dict[Block, float] = {}
+    each: dict[Block, float] = dict.fromkeys(chain(*idle), TICK)
     unclear: list[str] = []
     for blocks, some, times in zip(classes, named.values(), without, strict=True):
         saved, clear = saving([a - b for a, b in zip(whole, times, strict=True)])

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockpruner.calibration import Calibration
 from blockpruner.errors import InputError
 from blockpruner.evaluation.probes import PROBES, Question, questions
 from blockpruner.evaluation.writings import Writing, Written, agreed
-from blockpruner.examples import question
+from blockpruner.texts.calibration import Calibration
+from blockpruner.texts.examples import question
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 48
 

@@ -13,7 +13,7 @@ from blockpruner.blocks import Mask, Move, parse_mask
 from blockpruner.evaluation.explanation import Interaction
 from blockpruner.journal import read_journal
 from blockpruner.plan import Plan
-from blockpruner.searching import DENSE, Values
+from blockpruner.searching.contract import DENSE, Values
 
 LEVEL = 0.05
 BROKEN = 1.0  # nats per token: a model that loses so much by one move is another one

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.block_weights import holdings
+from blockpruner.anatomy.caches import CacheUse, cache_use
+from blockpruner.anatomy.parts import Anatomy, Part, Spec
+from blockpruner.anatomy.probing import accepts, example_inputs, vocabulary_size
 from blockpruner.blocks import Block, Mask
-from blockpruner.caches import CacheUse, cache_use
-from blockpruner.costs import Costs
-from blockpruner.parts import Anatomy, Part, Spec
-from blockpruner.probing import accepts, example_inputs, vocabulary_size
+from blockpruner.importance.block_weights import holdings
+from blockpruner.searching.costs import Costs
 from blockpruner.standin import StandIn
 
 MOST_TOKENS = 2**30  # nobody's context is longer

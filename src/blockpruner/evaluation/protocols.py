@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blockpruner.artifacts import Estimate
-from blockpruner.calibration import BosPolicy, TextOptions
 from blockpruner.errors import InputError
 from blockpruner.registry import lookup
+from blockpruner.texts.calibration import BosPolicy, TextOptions
 
 Mean = Literal["losses", "perplexities"]
 

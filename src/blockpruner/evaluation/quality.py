@@ -7,19 +7,19 @@ from typing import Any, ClassVar, Unpack
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blockpruner.anatomy.parts import Anatomy
 from blockpruner.artifacts import Artifact, Estimate, Record
 from blockpruner.blocks import Block, Mask, format_mask
-from blockpruner.calibration import Calibration, CalibrationRecord, TextOptions, load_calibration
+from blockpruner.engine.limits import usual_window
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.errors import CheckFailedError, InputError
 from blockpruner.evaluation.protocols import Mean, perplexity
-from blockpruner.evaluations import Evaluations
-from blockpruner.examples import examples_of, question
-from blockpruner.limits import usual_window
-from blockpruner.models import computation
-from blockpruner.objective import ModelObjective
+from blockpruner.loading.models import computation
 from blockpruner.objectives.loss import Loss
-from blockpruner.parts import Anatomy
-from blockpruner.searching import Progress
+from blockpruner.searching.contract import Progress
+from blockpruner.searching.evaluations import Evaluations
+from blockpruner.texts.calibration import Calibration, CalibrationRecord, TextOptions, load_calibration
+from blockpruner.texts.examples import examples_of, question
 
 MOST_NATS = 700.0  # a mean loss above it has no perplexity in double precision
 

@@ -15,14 +15,14 @@ import torch
 
 from blockpruner.artifacts import Artifact, Record
 from blockpruner.blocks import Mask, format_mask
+from blockpruner.engine.limits import context
 from blockpruner.evaluation.compute import prefill_flops
 from blockpruner.evaluation.memory import Ledger, filled_cache, held_bytes, random_inputs, read_ledger
 from blockpruner.evaluation.peaks import peak_memory
 from blockpruner.evaluation.timing import Protocol, Run, SpeedUp, Timing, clock_of, inputs_for, timed
-from blockpruner.limits import context
-from blockpruner.searching import Progress
+from blockpruner.searching.contract import Progress
 from blockpruner.subject import Subject
-from blockpruner.surgery import skipped
+from blockpruner.surgery.removal import skipped
 
 MOST_COUNTED = 4096  # tokens of the pass whose operations are counted
 

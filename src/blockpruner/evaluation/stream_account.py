@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from blockpruner.blocks import Move
-from blockpruner.closed_form import ClosedForm, Given, chosen
-from blockpruner.criterion import Lab
 from blockpruner.errors import InputError, UnsupportedModelError
 from blockpruner.evaluation.explanation import StreamAccount
-from blockpruner.evaluations import Notes, estimate
-from blockpruner.normal_equations import NormalEquations
-from blockpruner.streams import directions, lengths, scores_by_state
+from blockpruner.importance.criterion import Lab
+from blockpruner.importance.streams import directions, lengths, scores_by_state
+from blockpruner.repairs.closed_form import ClosedForm, Given, chosen
+from blockpruner.repairs.normal_equations import NormalEquations
+from blockpruner.searching.evaluations import Notes, estimate
 
 HELD_OUT = 4  # one window in so many, the last ones
 

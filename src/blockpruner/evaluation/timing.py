@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from blockpruner.artifacts import Record
+from blockpruner.engine.limits import context
 from blockpruner.errors import InputError
 from blockpruner.evaluation.memory import last_logits, random_inputs
-from blockpruner.limits import context
 from blockpruner.registry import parse_method
 
 CONFIDENCE = 0.95

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from blockpruner.artifacts import Estimate
 from blockpruner.evaluation.explanation import ClassEffect
-from blockpruner.examples import IGNORED, Examples
 from blockpruner.objectives.loss import Loss
+from blockpruner.texts.examples import IGNORED, Examples
 
 DEFINITIONS = {
     "frequency": "frequent: the tokens that occur most often as targets in this text and make up half of it; rare: the "

@@ -13,8 +13,8 @@ from blockpruner.recoveries.lora import Lora
 from blockpruner.recoveries.replaceme import ReplaceMe
 from blockpruner.recoveries.span import Span
 from blockpruner.recoveries.streamline import Streamline
-from blockpruner.recovery import Recovery, Trained
 from blockpruner.registry import format_method, parse_method
+from blockpruner.repairs.recovery import Recovery, Trained
 
 RECOVERIES: dict[str, type[Recovery]] = {
     "bias": Bias,

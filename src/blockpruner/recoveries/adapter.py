@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blockpruner.errors import InputError
-from blockpruner.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.recovery import Bench, GapRecord, Trained
 
 if TYPE_CHECKING:
-    from blockpruner.gaps import Repair
+    from blockpruner.surgery.gaps import Repair
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,6 @@ class Adapter(Trained):
         return outputs + (self.rank * (inputs + outputs) if self.rank else inputs * outputs)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
-        from blockpruner.adapters import train_adapters
+        from blockpruner.repairs.adapters import train_adapters
 
         return train_adapters(bench, self, self.rank, self.init, self.loss, self.temperature)

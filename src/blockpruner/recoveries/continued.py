@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from blockpruner.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.recovery import Bench, GapRecord, Trained
 
 if TYPE_CHECKING:
-    from blockpruner.gaps import Repair
+    from blockpruner.surgery.gaps import Repair
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,6 @@ class Continued(Trained):
     passes: ClassVar[str] = "1 backward, 1 forward per epoch"
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
-        from blockpruner.tuning import train_weights
+        from blockpruner.repairs.tuning import train_weights
 
         return train_weights(bench, self, "lm")

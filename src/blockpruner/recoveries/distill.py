@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from blockpruner.errors import InputError
-from blockpruner.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.recovery import Bench, GapRecord, Trained
 
 if TYPE_CHECKING:
-    from blockpruner.gaps import Repair
+    from blockpruner.surgery.gaps import Repair
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,6 @@ class Distill(Trained):
             )
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
-        from blockpruner.tuning import train_weights
+        from blockpruner.repairs.tuning import train_weights
 
         return train_weights(bench, self, "kl", self.temperature, self.hidden)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blockpruner.recovery import Bench, GapRecord
+from blockpruner.repairs.recovery import Bench, GapRecord
 
 if TYPE_CHECKING:
-    from blockpruner.closed_form import ClosedForm
-    from blockpruner.gaps import Repair
+    from blockpruner.repairs.closed_form import ClosedForm
+    from blockpruner.surgery.gaps import Repair
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Linear:
 
     def form(self) -> "ClosedForm":
         """How each gap is filled."""
-        from blockpruner.closed_form import ClosedForm
+        from blockpruner.repairs.closed_form import ClosedForm
 
         return ClosedForm(self.regressor, self.rank, self.ridge, self.sinks, self.target)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
-        from blockpruner.closed_form import fill_gaps
+        from blockpruner.repairs.closed_form import fill_gaps
 
         return fill_gaps(bench, self.form())

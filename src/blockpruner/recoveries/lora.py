@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blockpruner.errors import InputError
-from blockpruner.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.recovery import Bench, GapRecord, Trained
 
 if TYPE_CHECKING:
-    from blockpruner.gaps import Repair
+    from blockpruner.surgery.gaps import Repair
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Lora(Trained):
             )
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
-        from blockpruner.factors import train_lora
+        from blockpruner.repairs.factors import train_lora
 
         shape = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
         return train_lora(bench, self, shape, self.targets, self.loss, self.temperature)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blockpruner.recovery import Bench, GapRecord
+from blockpruner.repairs.recovery import Bench, GapRecord
 
 if TYPE_CHECKING:
-    from blockpruner.gaps import Repair
+    from blockpruner.surgery.gaps import Repair
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,6 @@ class ReplaceMe:
         return 0
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
-        from blockpruner.folded_runs import fold_runs
+        from blockpruner.repairs.folded_runs import fold_runs
 
         return fold_runs(bench, self.ridge, self.sinks, self.target)

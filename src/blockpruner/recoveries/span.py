@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blockpruner.recovery import Bench, GapRecord
+from blockpruner.repairs.recovery import Bench, GapRecord
 
 if TYPE_CHECKING:
-    from blockpruner.gaps import Repair
+    from blockpruner.surgery.gaps import Repair
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Span:
         return outputs + (self.rank * (inputs + outputs) if self.rank else inputs * outputs)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
-        from blockpruner.closed_form import ClosedForm
-        from blockpruner.span_maps import fill_spans
+        from blockpruner.repairs.closed_form import ClosedForm
+        from blockpruner.repairs.span_maps import fill_spans
 
         return fill_spans(bench, ClosedForm(self.regressor, self.rank, self.ridge, self.sinks, "dense"))

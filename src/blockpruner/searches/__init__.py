@@ -12,7 +12,7 @@ from blockpruner.searches.one_shot import OneShot
 from blockpruner.searches.random import Random
 from blockpruner.searches.span import Span
 from blockpruner.searches.swap import Swap
-from blockpruner.searching import Search
+from blockpruner.searching.contract import Search
 
 SEARCHES: dict[str, type[Search]] = {
     "greedy": Greedy,

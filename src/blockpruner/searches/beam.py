@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from blockpruner.blocks import Mask, Move
 from blockpruner.errors import InputError
-from blockpruner.racing import Race
-from blockpruner.searching import DENSE, Best, Chosen, Losses, Problem, Proposals, Request, lowest
+from blockpruner.searching.contract import DENSE, Best, Chosen, Losses, Problem, Proposals, Request, lowest
+from blockpruner.searching.racing import Race
 
 Path = tuple[Chosen, ...]
 

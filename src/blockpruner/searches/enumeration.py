@@ -10,7 +10,7 @@ from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Mask, Move
 from blockpruner.errors import InputError
 from blockpruner.searches.one_shot import gone
-from blockpruner.searching import DENSE, Best, Chosen, Problem, Proposals, lowest
+from blockpruner.searching.contract import DENSE, Best, Chosen, Problem, Proposals, lowest
 
 CHUNK = 64
 

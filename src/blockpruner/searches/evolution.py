@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from blockpruner.blocks import Mask, Move
 from blockpruner.errors import InputError
-from blockpruner.permutations import number, shuffled
-from blockpruner.racing import Race
-from blockpruner.searching import DENSE, Best, Chosen, Losses, Partly, Problem, Proposals, lowest
+from blockpruner.searching.contract import DENSE, Best, Chosen, Losses, Partly, Problem, Proposals, lowest
+from blockpruner.searching.permutations import number, shuffled
+from blockpruner.searching.racing import Race
 
 State = tuple[Move, ...]  # in an order in which they can be taken
 SURVIVORS = 2  # of the first look at a generation
@@ -65,24 +65,25 @@ class Evolution:
         states = {_gone(state): state for state in random}
         losses = yield Partly(tuple(states), self._batches(problem, 0)[: self.first])
         parent = states[lowest({Move(mask): losses[mask] for mask in states}).blocks]
+        of_all = False  # whether losses are estimates of those on all data
         for generation in range(1, 1 + self._generations(problem)):
-            yield _decided(problem, parent, losses)
+            yield _decided(problem, parent, losses, of_all)
             batches = self._batches(problem, generation)
             children = self._children(problem, parent, generation)
             if children and self.race:
                 race = Race(seed=number(self.seed, "race", generation))
                 outcome = yield from race.run(problem, (*children, _gone(parent)))
                 parent = children.get(outcome.kept[0], parent) if outcome.kept else parent
-                losses = outcome.estimates
+                losses, of_all = outcome.estimates, True
             elif children:
                 losses = yield Partly(tuple(children), batches[: self.first])
                 states = {mask: children[mask] for mask in _best(losses)[:SURVIVORS]} | {_gone(parent): parent}
                 losses = yield Partly(tuple(states), batches[-self.second :])  # from -0 on: all
                 parent = next((states[mask] for mask in _best(losses)), parent)
-        yield _decided(problem, parent, losses)
+        yield _decided(problem, parent, losses, of_all)
         losses = yield (mask := _gone(parent),)
         lowest({Move(mask): losses[mask]})  # fails if it is not finite
-        yield _decided(problem, parent, losses)
+        yield _decided(problem, parent, losses, of_all=True)
 
     def evaluations(self, problem: Problem) -> int:
         """An upper bound: sets come up again; most are evaluated on `first` micro-batches only."""
@@ -150,10 +151,10 @@ def _gone(state: Iterable[Move]) -> Mask:
     return frozenset(block for move in state for block in move.blocks)
 
 
-def _decided(problem: Problem, state: State, losses: Losses) -> Best:
+def _decided(problem: Problem, state: State, losses: Losses, of_all: bool) -> Best:
     *moves, last = _path(problem, state)
     loss = losses[_gone(state)]
-    return Best((*(Chosen(move, {}) for move in moves), Chosen(last, {last: loss}, loss=loss)))
+    return Best((*(Chosen(move, {}) for move in moves), Chosen(last, {last: loss}, loss=loss if of_all else None)))
 
 
 def _best(losses: Losses) -> list[Mask]:

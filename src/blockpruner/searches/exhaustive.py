@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from blockpruner.searching import DENSE, Chosen, Problem, Proposals, lowest
+from blockpruner.searching.contract import DENSE, Chosen, Problem, Proposals, lowest
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from blockpruner.blocks import Move
 from blockpruner.errors import InputError
-from blockpruner.racing import Earlier, Race
-from blockpruner.searching import DENSE, Chosen, Problem, Proposals, Values, lowest
+from blockpruner.searching.contract import DENSE, Chosen, Problem, Proposals, Values, lowest
+from blockpruner.searching.racing import Earlier, Race
 
 STEPS = 4  # back, for which values are held: what came before is in the estimates of these
 

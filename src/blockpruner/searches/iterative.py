@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from blockpruner.errors import InputError
 from blockpruner.searches.one_shot import by_rank
-from blockpruner.searching import Problem, Proposals
+from blockpruner.searching.contract import Problem, Proposals
 
 
 @dataclass(frozen=True)

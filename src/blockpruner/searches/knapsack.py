@@ -3,17 +3,18 @@
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import inf
 from typing import Any, ClassVar
 
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Mask, Move, Outline
-from blockpruner.costs import Costs
 from blockpruner.errors import InputError
 from blockpruner.searches.enumeration import in_place
 from blockpruner.searches.one_shot import gone
-from blockpruner.searching import DENSE, Problem, Proposals, Ranked, Scores, lowest
-from blockpruner.targets import Goals
+from blockpruner.searching.contract import DENSE, Problem, Proposals, Ranked, Scores, lowest
+from blockpruner.searching.costs import Costs
+from blockpruner.searching.targets import Goals
 
 EVEN = 1e-9  # of the largest score, for each move: of equally good sets the smaller one
 
@@ -50,7 +51,7 @@ class Knapsack:
         lowest(answer)  # fails if none is finite
         scores = {move: score.value for move, score in answer.items() if score is not None}
         losses: dict[Mask, Estimate | None] = {}
-        sets = {gone(taken): taken for taken, _ in zip(cheapest(problem, scores), range(self.tries), strict=False)}
+        sets = {gone(taken): taken for taken in islice(cheapest(problem, scores), self.tries)}
         if not sets:
             raise InputError(
                 f"no set of {problem.granularity!r} moves with finite scores meets {problem.target} exactly",

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from blockpruner.blocks import Mask, Move
 from blockpruner.errors import InputError
-from blockpruner.searching import DENSE, Chosen, Problem, Proposals, Ranked, Scores, lowest
+from blockpruner.searching.contract import DENSE, Chosen, Problem, Proposals, Ranked, Scores, lowest
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 
-from blockpruner.searching import DENSE, Chosen, Problem, Proposals
+from blockpruner.searching.contract import DENSE, Chosen, Problem, Proposals
 
 
 @dataclass(frozen=True)

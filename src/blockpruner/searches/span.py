@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from blockpruner.blocks import Move
 from blockpruner.errors import InputError
-from blockpruner.moves import offered
-from blockpruner.searching import DENSE, Best, Chosen, Problem, Proposals, Ranked, Scores, lowest
+from blockpruner.searching.contract import DENSE, Best, Chosen, Problem, Proposals, Ranked, Scores, lowest
+from blockpruner.searching.moves import offered
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Span:
         layers = [Move.of(*blocks) for blocks in problem.outline.layers().values() if best.issuperset(blocks)]
         decided = Best(tuple(Chosen(move, {} if place else scores) for place, move in enumerate(layers)))
         yield decided
-        yield (best,)
+        losses = yield (best,)
+        lowest({Move(best): losses[best]})  # fails if it is not finite
         yield decided  # now with its loss
 
     def evaluations(self, problem: Problem) -> int:

@@ -8,10 +8,10 @@ from typing import ClassVar
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Mask, Move
 from blockpruner.errors import InputError
-from blockpruner.permutations import shuffled
 from blockpruner.searches.enumeration import in_place
 from blockpruner.searches.one_shot import begun, gone, in_order
-from blockpruner.searching import DENSE, Problem, Proposals, lowest
+from blockpruner.searching.contract import DENSE, Problem, Proposals, lowest
+from blockpruner.searching.permutations import shuffled
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Where the blocks of a model are: found, proved, sized."""

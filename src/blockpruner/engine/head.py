@@ -1,0 +1,100 @@
+"""Losses of tokens from the last states alone: the head applied to a part of the vocabulary at a time.
+
+With 262,144 tokens in a vocabulary, the logits of 256 positions are 134 MB in bfloat16 and twice that in float32; to
+write them, and to read them again, takes longer than to compute them. A part of a mebibyte or so stays in the cache.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blockpruner.anatomy.probing import replaced
+from blockpruner.metrics import token_losses
+
+_AT_ONCE = {"cpu": 2**18}  # logits that exist at a time: 1 MiB in float32, what a core's own cache holds
+_ELSEWHERE = 2**24
+
+
+@dataclass(frozen=True)
+class Head:
+    """The linear map from states to logits, at `path` in the model; its weights are read whenever they are used."""
+
+    path: str
+    linear: nn.Linear
+
+    def left_out(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While the block runs, the model puts out what its head is given, instead of logits."""
+        return replaced(model, {self.path: nn.Identity()})
+
+    @torch.no_grad()
+    def token_losses(self, states: Tensor, targets: Tensor) -> Tensor:
+        """What `metrics.token_losses` finds of the logits of `states`, without those: nats, float32.
+
+        loss[p] = logsumexp(z[p]) - z[p, target[p]], z = weight @ states[p] + bias in the dtype of the model, so that a
+        logit is rounded as in the model, but for a bias, which is added after that; sums in float32. states:
+        [positions, width]; targets: [positions]. One pass over the weight. Memory: _AT_ONCE logits.
+        """
+        weight, bias = self.linear.weight, self.linear.bias
+        positions, vocabulary = len(states), len(weight)
+        rows = max(1, min(vocabulary, _AT_ONCE.get(states.device.type, _ELSEWHERE) // max(1, positions)))
+        columns = states.to(weight.dtype).T.contiguous()  # some models widen their logits, and now these
+        found = columns.new_empty(rows, positions)
+        narrow = found.dtype != torch.float32
+        wide = torch.empty_like(found, dtype=torch.float32) if narrow else found
+        highest = wide.new_full((positions,), torch.finfo(torch.float32).min)
+        total, right = torch.zeros_like(highest), torch.zeros_like(highest)
+        ordered, order = targets.sort()
+        bounds = torch.searchsorted(ordered, torch.arange(0, vocabulary + rows, rows, device=targets.device)).tolist()
+        for number, start in enumerate(range(0, vocabulary, rows)):
+            some = weight[start : start + rows]
+            logits = torch.mm(some, columns, out=found[: len(some)])
+            if bias is not None:
+                logits += bias[start : start + rows, None]
+            here = order[bounds[number] : bounds[number + 1]]
+            exact = wide[: len(some)].copy_(logits) if narrow else logits
+            right[here] = exact[targets[here] - start, here]
+            above = torch.maximum(highest, exact.amax(dim=0))
+            total = total * (highest - above).exp() + exact.sub_(above).exp_().sum(dim=0)
+            highest = above
+        return total.log() + highest - right
+
+
+def proved_head(model: PreTrainedModel, outputs: Callable[[], Tensor], targets: Tensor) -> Head | None:
+    """The head of `model`, if losses of its states are those of its logits, and None if that is not so.
+
+    outputs: has the model make logits [rows, positions, vocabulary] of some states; targets: [rows, positions]. The
+    head must be a plain linear layer that nobody hooks into, and give the logits bit for bit: a soft cap or a scale
+    behind it would be left out.
+    """
+    head = _linear_head(model)
+    if head is None:
+        return None
+    given: list[Any] = []
+    handle = model.get_submodule(head.path).register_forward_hook(lambda _module, _args, output: given.append(output))
+    try:
+        logits = outputs()
+    finally:
+        handle.remove()
+    if not given or given[-1].shape != logits.shape or not torch.equal(given[-1].float(), logits.float()):
+        return None
+    try:
+        with head.left_out(model):
+            found = head.token_losses(outputs().flatten(0, 1), targets.flatten())
+    except (AttributeError, RuntimeError, TypeError):  # it is more to this model than a module that is called
+        return None
+    plain = token_losses(logits.flatten(0, 1), targets.flatten())
+    return head if torch.allclose(found, plain, rtol=1e-4, atol=1e-4) else None
+
+
+def _linear_head(model: PreTrainedModel) -> Head | None:
+    module = model.get_output_embeddings()
+    path = next((name for name, each in model.named_modules() if each is module), "") if module is not None else ""
+    if not path or type(module) is not nn.Linear or module.weight.is_meta:
+        return None
+    own = getattr(module.forward, "__func__", None) is nn.Linear.forward  # else somebody has wrapped it
+    return Head(path, module) if own and not (module._forward_pre_hooks or module._forward_hooks) else None

@@ -1,0 +1,371 @@
+"""What a search minimises: mask -> what a measure finds on a model's examples, lower = better."""
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blockpruner.anatomy.parts import Anatomy, Stack
+from blockpruner.anatomy.probing import accepts, evaluating, first_tensor, vocabulary_size
+from blockpruner.artifacts import Traffic, Work
+from blockpruner.blocks import Mask
+from blockpruner.engine.head import Head, proved_head
+from blockpruner.engine.limits import check_fits
+from blockpruner.engine.masktree import Inputs, MaskTree, Node, output_of, sweep_traffic, sweep_work
+from blockpruner.engine.spilling import Spill
+from blockpruner.errors import InputError, is_out_of_memory
+from blockpruner.loading.lending import lends
+from blockpruner.measuring import Measure
+from blockpruner.objectives.loss import Loss
+from blockpruner.searching.contract import DENSE, BatchByBatch, Found, Values
+from blockpruner.surgery.gaps import Filling, filled, repaired
+from blockpruner.texts.examples import IGNORED, Examples
+
+BATCH_TOKENS = 2048
+HEAD_POSITIONS = 256  # positions whose logits exist at once
+HEADS = 8  # masks that share one look at the whole model's logits
+PROBE_POSITIONS = 128
+_LOSS = Loss()
+_log = logging.getLogger("blockpruner")
+
+
+class ModelObjective(BatchByBatch):
+    """What `measure` finds of the model without the blocks of a mask, per unit of `examples`.
+
+    Examples are evaluated in fixed micro-batches of about BATCH_TOKENS tokens, so the value of (mask, unit) has the
+    same bits whatever else is asked. Uses the mask tree when a probe finds that it agrees with plain forward passes on
+    this very model (states at full length, logits at PROBE_POSITIONS positions), else plain forward passes, a row at a
+    time; `fallback` says why. InputError where the model has not what `measure` looks at.
+
+    segment: values of so many positions of a window each, for searches that race; None: one value per window. They are
+    weighted so that their mean is the window's value. Measures that do not add up over positions have none.
+
+    memory: None: micro-batches one after the other; else all that are asked for at once go through a layer before the
+    next one is wanted, with at most so many bytes of their states in memory and the others on disk: for models whose
+    weights are streamed. The losses are the same bits, and are known when the last layer is done.
+
+    filling: what stands in the gaps that masks leave, see `replaceable`; None: nothing. Counted work is without it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        examples: Examples,
+        measure: Measure = _LOSS,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        segment: int | None = None,
+        memory: int | None = None,
+        filling: Filling | None = None,
+    ) -> None:
+        check_fits(model, examples, measure)
+        self.model, self.anatomy, self.examples, self.measure = model, anatomy, examples, measure
+        self.unit = measure.unit
+        self.batch_tokens, self.memory, self.filling = batch_tokens, memory, filling
+        adds_up = measure.reads == "text" and measure.of != "states"
+        self.segment = min(segment, examples.targets.shape[1]) if segment and adds_up else examples.targets.shape[1]
+        self.pieces = -(-examples.targets.shape[1] // self.segment)
+        self._parts = examples.batches(batch_tokens)
+        self.batches = len(self._parts)
+        self.sizes = tuple(len(part) * self.pieces for part in self._parts)
+        self._planned: tuple[Sequence[Sequence[Mask]], list[Work]] = ((), [])
+        self._extra: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
+        self._head: Head | None = None  # where losses come from states, without logits
+        self._state_bytes = 0  # of one token, where there is a tree
+        self.moved = Traffic()  # by now
+        self.fallback = self._probe()
+        if self.fallback:
+            _log.warning("plain forward passes instead of the mask tree: %s", self.fallback)
+
+    def losses(self, asked: Mapping[int, Sequence[Mask]]) -> Iterator[Found]:
+        if self.memory is None or self.fallback:
+            yield from super().losses(asked)
+            return
+        parts = {batch: self._parts[batch].to(self.model.device) for batch in asked}
+        with evaluating(self.model):
+            for batch, mask, (sums, counts) in self._rows_of_tree(asked, parts):
+                yield batch, mask, self._values(sums, counts, parts[batch])
+
+    def batch_losses(self, masks: Sequence[Mask], batch: int) -> Iterator[Values]:
+        part = self._parts[batch].to(self.model.device)
+        with evaluating(self.model):
+            if self.fallback:
+                rows = self._rows_of_passes(masks, part)
+            else:
+                rows = (found for _, _, found in self._rows_of_tree({batch: masks}, {batch: part}))
+            for sums, counts in rows:
+                yield self._values(sums, counts, part)
+
+    def _values(self, sums: Tensor, counts: list[int], part: Examples) -> Values:
+        return self.measure.units(sums.flatten().tolist(), counts, part.lengths, part.gold)
+
+    def work(self, masks: Sequence[Mask], batch: int) -> Work:
+        """What evaluating `masks` on one micro-batch costs, counted: shared prefixes once, if the tree is used."""
+        part = self._parts[batch]
+        alone = [[mask] for mask in masks]
+        heads = part.targets.shape[0] * len(_positions(part)) * len(set(masks))
+        groups = alone if self.fallback else [list(masks)]
+        if self.measure.compares:
+            heads += part.targets.shape[0] * len(_positions(part)) * (1 if self.fallback else -(-len(masks) // HEADS))
+            groups = [*alone, [DENSE]] if self.fallback else [[*masks, DENSE]]
+        total = Work(head_tokens=heads)
+        for stack, each in zip(self.anatomy.stacks, self._per_token(groups), strict=True):
+            tokens = _tokens(stack, part.inputs)
+            mixing, mlp = each.attention_tokens * tokens, each.mlp_tokens * tokens
+            total += Work(attention_tokens=mixing, mlp_tokens=mlp)
+        return total
+
+    def _per_token(self, groups: Sequence[Sequence[Mask]]) -> list[Work]:
+        """The blocks that one token passes in each stack; kept, for the micro-batches of a sweep ask the same."""
+        if self._planned[0] != groups:
+            layers = [stack.layers for stack in self.anatomy.stacks]
+            found = [sum((sweep_work(each, group, 1) for group in groups), Work()) for each in layers]
+            self._planned = (groups, found)
+        return self._planned[1]
+
+    def traffic(self, asked: Mapping[int, Sequence[Mask]]) -> Traffic:
+        """What one request of `losses` moves and holds, counted: `moved` will have grown by it.
+
+        A streamed model's layers are read once for a request, or for each row of each mask without the tree.
+        """
+        read = self._layer_bytes if self.memory is not None else 0
+        if self.fallback:
+            passes = sum((len(masks) + self.measure.compares) * len(self._parts[b]) for b, masks in asked.items())
+            return Traffic(read=read * passes)
+        first, (stack,) = [DENSE] if self.measure.compares else [], self.anatomy.stacks
+        sized = {
+            b: ([*first, *masks], self._state_bytes * _tokens(stack, self._parts[b].inputs))
+            for b, masks in asked.items()
+        }
+        if self.memory is None:  # one micro-batch after the other
+            most = {tuple(masks): (masks, 0) for masks, _ in sized.values()}
+            for masks, size in sized.values():
+                most[tuple(masks)] = (masks, max(size, most[tuple(masks)][1]))
+            return sum((sweep_traffic(stack.layers, {0: each}, None) for each in most.values()), Traffic())
+        return Traffic(read=read) + sweep_traffic(stack.layers, sized, self.memory)
+
+    def held_bytes(self, traffic: Traffic) -> int:
+        """The memory that a search takes: weights, states and logits; what a layer makes for itself is not in it."""
+        row, each = self.examples.targets.shape[1], vocabulary_size(self.model) * (4 + self.model.dtype.itemsize)
+        positions = row if self.fallback else HEAD_POSITIONS
+        logits = 0 if self._head or self.measure.of == "states" else positions * (1 + self.measure.compares) * each
+        return self.weight_bytes + self._lent_bytes + traffic.held + logits
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights that stay in memory: where they are streamed, of what is in no layer."""
+        whole = sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers()))
+        return whole if self.memory is None else whole - self._layer_bytes
+
+    @property
+    def _lent_bytes(self) -> int:
+        """Of the largest layer whose weights are lent, as it computes with them."""
+        if not lends(self.model):
+            return 0
+        layers = [self.model.get_submodule(layer.path) for stack in self.anatomy.stacks for layer in stack.layers]
+        return max(sum(p.numel() for p in layer.parameters()) for layer in layers) * self.model.dtype.itemsize
+
+    @cached_property
+    def _layer_bytes(self) -> int:
+        """Of the weights of all layers, as they are in files where they are streamed."""
+        layers = [self.model.get_submodule(layer.path) for stack in self.anatomy.stacks for layer in stack.layers]
+        return sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+
+    def seconds(self, work: Work) -> float:
+        """How long `work` takes here, from one timed pass of the whole model over one micro-batch."""
+        body, head = self._rates
+        return body * (work.attention_tokens + work.mlp_tokens) + head * work.head_tokens
+
+    @cached_property
+    def _rates(self) -> tuple[float, float]:
+        """Seconds per block-token and per head-token."""
+        part = self._parts[0].to(self.model.device)
+        heads = len(part.targets) * len(_positions(part))
+        blocks = sum(
+            len(layer.parts) * _tokens(stack, part.inputs) for stack in self.anatomy.stacks for layer in stack.layers
+        )
+        start = time.perf_counter()
+        if self.fallback:
+            list(self._rows_of_passes([DENSE], part))
+            rate = (time.perf_counter() - start) / (blocks + heads)
+            return rate, rate
+        (state,) = self._tree.final_states([DENSE], part.inputs).values()
+        middle = time.perf_counter()
+        self._sums({DENSE: state}, None if not self.measure.compares else state, part)
+        return (middle - start) / max(1, blocks), (time.perf_counter() - middle) / max(1, heads)
+
+    def _rows_of_tree(
+        self, asked: Mapping[int, Sequence[Mask]], parts: Mapping[int, Examples]
+    ) -> Iterator[tuple[int, Mask, tuple[Tensor, list[int]]]]:
+        """Per micro-batch and mask, in order, the sums and numbers of `_sums`."""
+        compares = self.measure.compares
+        first = [DENSE] if compares else []
+        wanted = {batch: ([*first, *masks], parts[batch].inputs) for batch, masks in asked.items()}
+        step = HEADS if compares else 1
+        with Spill[Node](self.memory) as states:
+            take = self._tree.walk(wanted, states)
+            read = self._layer_bytes if self.memory is not None else 0
+            self.moved += Traffic(read=read, spilled=states.spilled, held=states.most)
+            for batch, masks in asked.items():
+                whole = take(batch, DENSE) if compares else None
+                for start in range(0, len(masks), step):
+                    group = {
+                        mask: take(batch, mask) if whole is None or mask != DENSE else whole
+                        for mask in masks[start : start + step]
+                    }
+                    for mask, rows in zip(group, self._sums(group, whole, parts[batch]), strict=True):
+                        yield batch, mask, rows
+
+    @torch.no_grad()
+    def _sums(self, states: dict[Mask, Tensor], whole: Tensor | None, part: Examples) -> list[tuple[Tensor, list[int]]]:
+        """Per mask the sum and the number of the values in each row, some positions at a time."""
+        positions = _positions(part)
+        sums = {mask: _Sums(self.measure, part, self.segment, self._head) for mask in states}
+        for at in positions.split(max(1, HEAD_POSITIONS // len(part.targets))):
+            beside = None if whole is None else self._tree.outputs(whole, part.inputs, at)
+            for mask, state in states.items():
+                with contextlib.nullcontext() if self._head is None else self._head.left_out(self.model):
+                    found = self._tree.outputs(state, part.inputs, at)
+                sums[mask].add(found, beside, at)
+        return [each.done() for each in sums.values()]
+
+    @torch.no_grad()
+    def _rows_of_passes(self, masks: Sequence[Mask], part: Examples) -> Iterator[tuple[Tensor, list[int]]]:
+        """Sums from ordinary forward passes, a row at a time."""
+        found: dict[Mask, list[tuple[Tensor, list[int]]]] = {mask: [] for mask in masks}
+        for row in part.rows():
+            beside = self._pass(DENSE, row) if self.measure.compares else None
+            for mask in masks:
+                sums = _Sums(self.measure, row, self.segment)
+                sums.add(self._pass(mask, row), beside, _positions(row))
+                found[mask].append(sums.done())
+        for rows in found.values():
+            yield torch.cat([sums for sums, _ in rows]), [count for _, counts in rows for count in counts]
+
+    def _pass(self, mask: Mask, part: Examples) -> Tensor:
+        self.moved += Traffic(read=self._layer_bytes if self.memory is not None else 0)
+        with self._without(mask):
+            return output_of(self.model(**part.inputs, **self._extra))[:, _positions(part)]
+
+    def _without(self, mask: Mask) -> AbstractContextManager[None]:
+        """The model as plain forward passes see it without a mask, with what stands in its gaps."""
+        return repaired(self.model, self.anatomy, mask, filled(self.anatomy, mask, self.filling))
+
+    def _probe(self) -> str:
+        """Empty if the mask tree agrees with plain forward passes on the last unit, else why it is not used."""
+        if len(self.anatomy.stacks) != 1:
+            return f"the model has {len(self.anatomy.stacks)} stacks"
+        self._tree = MaskTree(self.model, self.anatomy, self.filling)
+        try:
+            last = next(self.examples.part(len(self.examples) - 1, len(self.examples)).rows())
+            with evaluating(self.model):
+                return self._disagreement(last.to(self.model.device))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            return f"it stops with {type(error).__name__}: {error}"
+
+    @torch.no_grad()
+    def _disagreement(self, row: Examples) -> str:
+        """How far the tree is off where it may be: on the dense model, and without the first block of each kind.
+
+        From the first block on, every layer is called for several prefixes in turn, so whatever a layer keeps or hands
+        on outside of the stream is mixed up between them, and seen.
+        """
+        (stack,) = self.anatomy.stacks
+        exact = self.model.dtype.itemsize >= 4
+        first = {part.block.kind: part.block for layer in reversed(stack.layers) for part in reversed(layer.parts)}
+        masks: list[Mask] = [DENSE, *(frozenset([block]) for block in first.values())]
+        last = self.model.get_submodule(stack.layers[-1].path)
+        positions = _positions(row)[:PROBE_POSITIONS]
+        for mask, state in self._tree.final_states(masks, row.inputs).items():
+            with self._without(mask):
+                plain, output = self._final(last, row.inputs)
+            for what, found, expected in (
+                ("the last state differs", state, plain),
+                ("the output differs", self._tree.outputs(state, row.inputs, positions), output[:, positions]),
+            ):
+                gap = float((found - expected).abs().max() / expected.abs().max())
+                if not gap <= (1e-5 if exact else 1e-2):
+                    return f"without {next(iter(mask), 'nothing')} {what} by {gap:.2g} of its size"
+            self._state_bytes = state.shape[-1] * state.itemsize
+            if mask == DENSE and self.measure.of == "losses":
+                asked = row.targets[:, positions].clamp(min=0)
+                self._head = proved_head(
+                    self.model, functools.partial(self._tree.outputs, state, row.inputs, positions), asked
+                )
+        return ""
+
+    def _final(self, last: torch.nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The last state of the stream and the output, from an ordinary forward pass."""
+        states: list[Tensor | None] = []
+        handle = last.register_forward_hook(lambda _module, _args, output: states.append(first_tensor(output)))
+        try:
+            output = output_of(self.model(**inputs, **self._extra))
+        finally:
+            handle.remove()
+        if not states or states[-1] is None:
+            raise InputError(f"{type(self.model).__name__} does not call its last layer", fix="report the model's type")
+        return states[-1], output
+
+
+class _Sums:
+    """Adds up the values of a measure, row by row and segment by segment, over chunks of positions."""
+
+    def __init__(self, measure: Measure, part: Examples, segment: int, head: Head | None = None) -> None:
+        self._measure, self._targets, self._segment, self._head = measure, part.targets, segment, head
+        rows, positions = part.targets.shape
+        self._sums = torch.zeros(rows, -(-positions // segment), dtype=torch.float64)
+        self._pooled: list[Tensor] = []
+
+    def add(self, found: Tensor, whole: Tensor | None, positions: Tensor) -> None:
+        """found, whole: outputs [rows, positions, ...]; with a head, what is found are states before it."""
+        if self._measure.of == "states":
+            sides = (found, found if whole is None else whole)
+            more = [side.float().sum(dim=1) for side in sides]
+            self._pooled = [a + b for a, b in zip(self._pooled, more, strict=True)] if self._pooled else more
+            return
+        targets = self._targets[:, positions]
+        asked = targets != IGNORED
+        beside = None if whole is None else _marked(whole, asked)
+        given, wanted = _marked(found, asked), _marked(targets, asked)
+        values = self._head.token_losses(given, wanted) if self._head else self._measure.each(given, beside, wanted)
+        row, place = (index.cpu() for index in asked.nonzero(as_tuple=True))
+        segments = positions.cpu()[place] // self._segment
+        self._sums.index_put_((row, segments), values.cpu().double(), accumulate=True)
+
+    def done(self) -> tuple[Tensor, list[int]]:
+        """The sums [rows, segments], times the number of segments, and for each how many values its row has."""
+        if self._measure.of == "states":
+            found, whole = self._pooled
+            return self._measure.each(found, whole, self._targets).cpu().double(), [1] * len(found)
+        segments = self._sums.shape[1]
+        counts = (self._targets != IGNORED).sum(dim=1).repeat_interleave(segments)
+        return self._sums * segments, counts.tolist()
+
+
+def _marked(values: Tensor, asked: Tensor) -> Tensor:
+    """The rows [n, ...] of `values` at the places in `asked`; all of them without a copy, for logits are large."""
+    return values.flatten(0, 1) if bool(asked.all()) else values[asked]
+
+
+def _positions(part: Examples) -> Tensor:
+    """Positions of the output that count for some row; all of them where states are compared."""
+    if part.question == "states":
+        return torch.arange(part.targets.shape[1], device=part.targets.device)
+    return (part.targets != IGNORED).any(dim=0).nonzero()[:, 0]
+
+
+def _tokens(stack: Stack, inputs: Inputs) -> int:
+    """Tokens that the layers of this stack see: the decoder's where there is a decoder, else those of the text."""
+    decodes = stack.name.startswith("decoder") and "decoder_input_ids" in inputs
+    return inputs["decoder_input_ids" if decodes else "input_ids"].numel()

@@ -1,0 +1,1 @@
+"""What is put in gaps, or made of other weights: in closed form, or trained."""

@@ -1,0 +1,221 @@
+"""Replacements without training: what each gap misses, as a constant or a linear map of what reaches it.
+
+Gaps are filled in the order of depth, each on the states of the pruned and so far recovered model, so that a map also
+makes up for what earlier ones leave. Cost per gap: a forward pass over all text up to its layer (on average half the
+model), once more of the dense model for the target `dense`. Memory: the sums of one gap, see `normal_equations`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blockpruner.errors import InputError, UnsupportedModelError
+from blockpruner.repairs.normal_equations import LinearMap, NormalEquations, mean_map, ridge_map
+from blockpruner.repairs.recovery import Bench, GapRecord
+from blockpruner.repairs.updates import Observed, UpdatesAt, token_axes
+from blockpruner.standin import Replacement, normed
+from blockpruner.surgery.gaps import Gap, Repair, device_of, gaps
+from blockpruner.texts.examples import Examples
+
+BATCH_TOKENS = 2048
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance of an input: those that held-out text chooses from
+
+WORSE = "held-out text is better off without it"
+MADE_UP = "other weights make up for it already; linear with target=dense fits what is still missing"
+
+Regressor = Literal["auto", "input", "stream", "nothing"]
+Target = Literal["block", "dense"]
+Ridge = float | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """How gaps are filled.
+
+    regressor: what is mapped; rank: of the map, 0 for full; ridge: "auto" lets held-out text choose; sinks, target: see
+    `UpdatesAt`.
+    """
+
+    regressor: Regressor
+    rank: int = 0
+    ridge: Ridge = "auto"
+    sinks: float = 0.0
+    target: Target = "block"
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or min(ridges(self.ridge)) < 0 or not 0 <= self.sinks <= 1:
+            raise InputError(
+                f"no linear map has rank={self.rank}, ridge={self.ridge} and sinks={self.sinks}",
+                fix="give a rank and a ridge of 0 or more, and sinks of 0 to 1",
+            )
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a map is given of what reaches the gap: nothing, or that, through a norm without gain."""
+
+    norm: Literal["nothing", "none", "rms", "layer"]
+    eps: float = 1e-6
+
+    def of(self, states: Tensor) -> Tensor:
+        return states[..., :0] if self.norm == "nothing" else normed(states, self.norm, self.eps)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A map for one gap, and the share of what was missing on held-out text that is still missing with it."""
+
+    found: LinearMap
+    given: Given
+    ridge: float
+    error: float
+
+
+Sums = tuple[NormalEquations, NormalEquations]  # of the examples, and of what is held out
+
+
+def fill_gaps(bench: Bench, form: ClosedForm) -> tuple[Repair, tuple[GapRecord, ...]]:
+    """A replacement for every gap that can have one and is better off with it; the others are said, with the reason.
+
+    Gaps that something stands in, or for, already are left as they are. So are those that new values of parameters
+    make up for, if what the block would add is to be mapped: it would be added twice.
+    """
+    repair, records = bench.start, list[GapRecord]()
+    places = [gap for gap in gaps(bench.anatomy, bench.mask) if not repair.stands_for(gap)]
+    axes = token_axes(bench.model)
+    for number, gap in enumerate(places):
+        bench.report(number, len(places), f"fitting {gap}")
+        if form.target == "block" and gap.blocks <= repair.made_up:
+            records.append(left_alone(str(gap), gap.path, MADE_UP))
+            continue
+        try:
+            fitted = fitted_at(bench, gap, form, repair, axes)
+        except UnsupportedModelError as error:
+            records.append(left_alone(str(gap), gap.path, error.what))
+            continue
+        record = record_of(str(gap), gap.path, form, fitted)
+        if not fitted.error < 1 and not bench.force:
+            record = record.model_copy(update={"applied": False, "reason": WORSE})
+        else:
+            made = replacement(fitted, device_of(bench.model, gap), bench.model.dtype)
+            repair = replace(repair, replacements={**repair.replacements, gap.path: made})
+        records.append(record)
+    bench.report(len(places), len(places), "fitted")
+    return repair, tuple(records)
+
+
+def fitted_at(bench: Bench, gap: Gap, form: ClosedForm, repair: Repair, axes: dict[str, int]) -> Fitted:
+    """The best map for one gap, its ridge and regressor chosen on held-out text.
+
+    UnsupportedModelError if there can be none.
+    """
+    if gap.kept:
+        raise UnsupportedModelError(
+            f"{gap} goes on running, since other blocks use what it makes", fix="leave it in the model"
+        )
+    updates = UpdatesAt(
+        *(bench.model, bench.anatomy, bench.mask, gap, repair),
+        sinks=form.sinks,
+        dense=form.target == "dense",
+        axes=axes,
+    )
+    regressors = regressors_of(form.regressor, bench.model, gap)
+    both = [gathered(updates, regressors, examples) for examples in (bench.examples, bench.held_out)]
+    found = [chosen((both[0][given], both[1][given]), given, form, str(gap)) for given in regressors]
+    return min(found, key=lambda fitted: fitted.error)
+
+
+class Observing(Protocol):
+    """Reads the two sides of a map, see `UpdatesAt`."""
+
+    def observe(self, batch: Examples) -> Observed: ...
+
+
+def gathered(updates: Observing, regressors: Sequence[Given], examples: Examples) -> dict[Given, NormalEquations]:
+    """The sums of all examples for each regressor, from one walk over them."""
+    sums: dict[Given, NormalEquations] = {}
+    for batch in examples.batches(BATCH_TOKENS):
+        seen = updates.observe(batch)
+        for given in regressors:
+            x = given.of(seen.x)
+            if given not in sums:
+                sums[given] = NormalEquations(x.shape[-1], seen.y.shape[-1], x.device)
+            sums[given].add(x, seen.y, seen.weights)
+    return sums
+
+
+def regressors_of(regressor: Regressor, model: PreTrainedModel, gap: Gap) -> tuple[Given, ...]:
+    """The regressors to try.
+
+    The block's own normed input is a linear map of the stream at root mean square one (its mean taken off where the
+    norm is a LayerNorm), for gain and bias are linear: so no norm has to stay for it.
+    """
+    inside = list(model.get_submodule(gap.layer.path).modules())
+    own = "layer" if any(isinstance(module, nn.LayerNorm) for module in inside) else "rms"
+    said = [getattr(module, name, None) for module in inside for name in ("eps", "variance_epsilon")]
+    stream, normal = Given("none"), Given(own, next((eps for eps in said if isinstance(eps, float)), Given.eps))
+    return {"auto": (stream, normal), "input": (normal,), "stream": (stream,), "nothing": (Given("nothing"),)}[
+        regressor
+    ]
+
+
+def ridges(ridge: Ridge) -> tuple[float, ...]:
+    """Those to try."""
+    return RIDGES if ridge == "auto" else (float(ridge),)
+
+
+def chosen(sums: Sums, given: Given, form: ClosedForm, what: str) -> Fitted:
+    """The map for one regressor, with the ridge that leaves the smallest error on held-out text."""
+    fit, held_out = sums
+    held_out.check(f"{what} in the held-out text")
+    power = held_out.power()
+    if given.norm == "nothing":
+        found = [(mean_map(fit, what), 0.0)]
+    else:
+        found = [(ridge_map(fit, what, ridge=ridge, rank=form.rank), ridge) for ridge in ridges(form.ridge)]
+    tried = [Fitted(each, given, ridge, held_out.error(each) / power if power else 1.0) for each, ridge in found]
+    return min(tried, key=lambda fitted: fitted.error)
+
+
+def replacement(fitted: Fitted, device: torch.device, dtype: torch.dtype) -> Replacement:
+    """The module that computes a fitted map."""
+    found, given = fitted.found, fitted.given
+    inputs, outputs = found.down.shape[0], found.bias.shape[0]
+    if given.norm == "nothing":
+        made, values = Replacement("bias", inputs, outputs), {"bias": found.bias}
+    elif found.up is None:
+        made = Replacement("linear", inputs, outputs, 0, given.norm, given.eps)
+        values = {"bias": found.bias, "weight": found.down}
+    else:
+        made = Replacement("linear", inputs, outputs, len(found.up), given.norm, given.eps)
+        values = {"bias": found.bias, "down": found.down, "up": found.up}
+    made.to(device, dtype).load_state_dict(values)
+    return made.requires_grad_(False)
+
+
+def record_of(removed: str, place: str, form: ClosedForm, fitted: Fitted) -> GapRecord:
+    """What a map does for the blocks of `removed`."""
+    found, norm = fitted.found, fitted.given.norm
+    settings: dict[str, str | int | float] = {"target": form.target, "sinks": form.sinks}
+    if norm != "nothing":
+        settings |= {"regressor": "stream" if norm == "none" else f"input ({norm})"}
+        settings |= {"rank": form.rank, "ridge": fitted.ridge}
+    return GapRecord(
+        removed=removed,
+        place=place,
+        added_parameters=sum(part.numel() for part in (found.down, found.up, found.bias) if part is not None),
+        settings=settings,
+        error=fitted.error,
+        applied=True,
+    )
+
+
+def left_alone(removed: str, place: str, reason: str) -> GapRecord:
+    """The record of a gap that nothing is done about."""
+    return GapRecord(
+        removed=removed, place=place, added_parameters=0, settings={}, error=None, applied=False, reason=reason
+    )

@@ -1,0 +1,118 @@
+"""LoRA on what is left of a pruned model: two factors beside each projection, trained and merged into it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from blockpruner.anatomy.parts import Anatomy
+from blockpruner.anatomy.probing import stood_in
+from blockpruner.blocks import Mask
+from blockpruner.errors import InputError, missing_extra
+from blockpruner.repairs.courses import Number
+from blockpruner.repairs.pupil import Pupil, asking
+from blockpruner.repairs.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.teaching import Predictions, check_predicts
+from blockpruner.repairs.tuning import record_of, told, trained, wide
+from blockpruner.surgery.gaps import Repair
+
+
+def train_lora(
+    bench: Bench,
+    options: Trained,
+    shape: Mapping[str, float],
+    targets: str,
+    loss: Literal["lm", "kl"],
+    temperature: float,
+) -> tuple[Repair, tuple[GapRecord, ...]]:
+    """LoRA trained and merged; see the recovery `lora`. shape: rank, alpha and dropout, as peft calls them."""
+    check_predicts(bench.model, bench.examples)
+    found = lora_targets(bench.model, bench.anatomy, bench.mask, targets)
+    with asking(bench.model, []):
+        wrapped = _wrapped(found, shape, options)
+        pupil = Pupil(bench.model, bench.anatomy, bench.mask, bench.start, wrapped)
+        numbers = {
+            f"{path}.{name}": Number(p, p.data)
+            for path, module in wrapped.items()
+            for name, p in module.named_parameters()
+            if "lora_" in name
+        }
+        trace = trained(bench, options, pupil, numbers, Predictions(pupil, loss, temperature))
+        merged = {} if not trace.best(bench.force) else _merged(bench, wrapped)
+    place = f"LoRA on {len(merged) if merged else len(found)} projections"
+    record = record_of(bench, place, {"loss": loss, **shape, **told(options, trace, bench.force)}, trace)
+    if not merged:
+        return bench.start, (record,)
+    return replace(bench.start, weights={**bench.start.weights, **merged}, made_up=bench.mask), (record,)
+
+
+def lora_targets(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, targets: str) -> dict[str, nn.Module]:
+    """The linear projections in the blocks that are left, by path: `all`, or kinds of blocks and names, joined by +.
+
+    Without those whose weights are also used elsewhere. InputError, with what there is, if nothing is of these names.
+    """
+    every = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    asked, found, names = targets.split("+"), dict[str, nn.Module](), set[str]()
+    with stood_in(model, anatomy.stand_ins(mask)):
+        for block, part in anatomy.parts.items():
+            if block in mask:
+                continue
+            for path, module in _linear(model, [*part.modules, *part.idle]).items():
+                names |= {block.kind, name := path.rpartition(".")[2]}
+                alone = every.count(id(module.weight)) == 1
+                if alone and {"all", block.kind, name} & set(asked):
+                    found[path] = module
+    unknown = set(asked) - names - {"all"} if found else set(asked)
+    if unknown:
+        raise InputError(
+            f"no linear projection that is left in a block goes by {' or '.join(sorted(unknown))}",
+            fix=f"choose all, or some of {', '.join(sorted(names)) or 'none'}, joined by +",
+        )
+    return found
+
+
+def _linear(model: nn.Module, paths: list[str]) -> dict[str, Any]:
+    inside = {name: m for path in paths for name, m in model.get_submodule(path).named_modules(prefix=path)}
+    return {name: module for name, module in inside.items() if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def _wrapped(found: Mapping[str, nn.Module], shape: Mapping[str, float], options: Trained) -> dict[str, nn.Module]:
+    """The projections with LoRA's factors beside them, which add nothing yet; the model itself is not touched."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise missing_extra("peft", "train", "LoRA") from error
+    wrapped: dict[str, nn.Module] = {}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(options.seed)
+        for turned in (False, True):
+            here = {path: module for path, module in found.items() if isinstance(module, Conv1D) == turned}
+            if not here:
+                continue
+            keys = {f"m{number}": path for number, path in enumerate(here)}
+            # Of its own, so that peft neither marks the model nor asks of what family it is.
+            holder = nn.ModuleDict({key: here[path] for key, path in keys.items()})
+            given: Any = {**shape, "target_modules": list(keys), "fan_in_fan_out": turned, "bias": "none"}
+            inject_adapter_in_model(LoraConfig(**given), holder)
+            wrapped |= {path: holder[key] for key, path in keys.items()}
+    for module in wrapped.values():
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(wide(parameter.data, options))
+    return wrapped
+
+
+def _merged(bench: Bench, wrapped: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of the projections with what LoRA adds to them, where that is anything: some are read, not called."""
+    merged = {}
+    for path, module in wrapped.items():
+        name = f"{path}.weight"
+        weight = bench.start.weights.get(name, module.base_layer.weight.data)
+        delta = module.get_delta_weight("default").detach()
+        if bool(delta.any()):
+            merged[name] = (weight.float() + delta.float()).to(weight.dtype)
+    return merged

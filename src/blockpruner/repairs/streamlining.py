@@ -1,0 +1,115 @@
+"""Layers of a pruned model trained to make up for those that are gone, by the dense model's stream."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockpruner.anatomy.parts import Anatomy
+from blockpruner.blocks import Block, Mask, format_mask
+from blockpruner.repairs.closed_form import left_alone
+from blockpruner.repairs.pupil import Ends, Pupil
+from blockpruner.repairs.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.tuning import UNHELPED, Measure, Told, left_of, told, tuned
+from blockpruner.surgery.gaps import Repair
+from blockpruner.texts.examples import Examples
+
+
+@dataclass(frozen=True)
+class Place:
+    """The layer at `path`, which stands for itself and for those behind it up to the one at `behind`.
+
+    blocks: what is gone of these, and before it where it is the first that is left.
+    """
+
+    path: str
+    behind: str
+    blocks: Mask
+
+
+def places(anatomy: Anatomy, mask: Mask) -> list[Place]:
+    """The layers that are to make up for what is gone, in the order in which the model runs; see `streamline`."""
+    found: list[Place] = []
+    for stack in anatomy.stacks:
+        gone = [mask.intersection(part.block for part in layer.parts) for layer in stack.layers]
+        left = [n for n, layer in enumerate(stack.layers) if not layer.parts or len(gone[n]) < len(layer.parts)]
+        if not left:
+            continue
+        for number, following in zip(left, [*left[1:], len(gone)], strict=True):
+            first = 0 if number == left[0] else number
+            if blocks := frozenset[Block]().union(*gone[first:following]):
+                found.append(Place(stack.layers[number].path, stack.layers[following - 1].path, blocks))
+    return found
+
+
+def train_layers(bench: Bench, options: Trained) -> tuple[Repair, tuple[GapRecord, ...]]:
+    """New values for the layers beside gaps; see the recovery `streamline`."""
+    beside = places(bench.anatomy, bench.mask)
+    parameters = {
+        name: p for name, p in left_of(bench).items() if any(name.startswith(f"{place.path}.") for place in beside)
+    }
+    if not parameters:
+        return bench.start, (left_alone(format_mask(bench.mask), "", "no layer is left beside it"),)
+
+    def lesson(pupil: Pupil) -> tuple[Streams, Measure]:
+        streams = Streams(pupil, [place.behind for place in beside])
+        return streams, streams.measure
+
+    made, trace = tuned(bench, options, parameters, lesson)
+    applied = bool(trace.best(bench.force))
+    settings: Told = told(options, trace, bench.force)
+    return made, tuple(
+        GapRecord(
+            removed=format_mask(place.blocks),
+            place=place.path,
+            added_parameters=0,
+            settings=settings,
+            error=None,
+            applied=applied,
+            reason="" if applied else UNHELPED,
+            curve=trace.curve,
+        )
+        for place in beside
+    )
+
+
+class Streams:
+    """|s - t|^2 / |t|^2, mean over tokens and layers, summed over windows.
+
+    ends_at: paths of the layers behind which s is the stream of the pruned model, t that of the dense one, in the order
+    in which they run. Cost: a forward pass of either up to the last of them, and one back.
+    """
+
+    def __init__(self, pupil: Pupil, ends_at: Sequence[str]) -> None:
+        self.pupil, self.ends_at, self.ends = pupil, list(ends_at), Ends(pupil.model, pupil.anatomy)
+
+    def weigh(self, part: Examples) -> float:
+        """Windows."""
+        return float(len(part.targets))
+
+    def backward(self, part: Examples, scale: float) -> float:
+        with torch.inference_mode(False), torch.enable_grad():
+            value = self._missing(part)
+            (value * scale).backward()
+        return float(value.detach())
+
+    @torch.no_grad()
+    def measure(self, part: Examples) -> float:
+        """The sum over these windows."""
+        return float(self._missing(part))
+
+    def _missing(self, part: Examples) -> Tensor:
+        part = part.to(self.pupil.model.device)
+        with torch.no_grad():
+            _, wanted = self.ends.body(part, self.ends_at, self.ends_at[-1])
+        with self.pupil.pruned():  # behind the run, where maps that stand in it have added theirs
+            _, found = self.ends.body(part, self.ends_at, self.ends_at[-1])
+        shares = [_share(found[at], wanted[at]) for at in self.ends_at]
+        return self.weigh(part) * torch.stack([share.to(shares[0].device) for share in shares]).mean()
+
+
+def _share(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over tokens."""
+    wanted = wanted.to(found.device).float()
+    return ((found.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-30)).mean()

@@ -1,0 +1,1 @@
+"""Text, and questions with answers, as examples for a model."""
