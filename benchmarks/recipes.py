@@ -21,10 +21,11 @@ from search_cost import commit
 
 from blockpruner.blocks import Mask, format_mask
 from blockpruner.console import Progress
+from blockpruner.contestants import at_random
 from blockpruner.data import identity, read_data
 from blockpruner.journal import Journal
 from blockpruner.loading.models import load
-from blockpruner.pipeline import at_random, prepared
+from blockpruner.pipeline import prepared
 from blockpruner.plan import Plan
 from blockpruner.planning import find_plan
 from blockpruner.recipe import Recipe, names

@@ -1,30 +1,21 @@
 """The story of a pruned model, start reading here: a recipe, a model, and what comes of them."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from blockpruner.anatomy.parts import Layer, layer_stand_ins
 from blockpruner.artifacts import Work
-from blockpruner.blocks import Mask, format_mask
-from blockpruner.data import Data, read_data
+from blockpruner.contestants import at_random, measured, recovered
+from blockpruner.data import read_data
 from blockpruner.engine.hands import Crew
 from blockpruner.mending import Mended, mend
 from blockpruner.objectives import OBJECTIVES
-from blockpruner.outcome import Contestant, Outcome
+from blockpruner.outcome import Outcome
 from blockpruner.plan import Plan
 from blockpruner.planning import Task, find_plan, prepare
 from blockpruner.recipe import Recipe
 from blockpruner.registry import format_method
-from blockpruner.searches.random import Random
-from blockpruner.searching import driver
 from blockpruner.searching.contract import DENSE, Progress
-from blockpruner.searching.evaluations import Evaluations
-from blockpruner.searching.rehearsal import Rehearsal
-from blockpruner.standin import Replacement
 from blockpruner.subject import Subject, save_subject
 from blockpruner.surgery.checkpoint import Saved
-
-RANDOMS = 5
 
 
 def run(
@@ -92,42 +83,3 @@ def remade(recipe: Recipe, subject: Subject, plan: Plan, progress: Progress | No
         **text.options(),
     )
     return found if found.record.applied and found.repair.replacements else None
-
-
-def recovered(task: Task, data: Data, mended: Mended) -> Contestant:
-    """What the recovered model is worth by the objective of the task on other data."""
-    subject, mask, repair = mended.subject, mended.plan.mask(), mended.repair
-
-    def filling(layer: Layer, removed: Mask) -> dict[str, Replacement]:
-        return {
-            path: repair.replacements[path] for path in layer_stand_ins(layer, removed) if path in repair.replacements
-        }
-
-    losses = Evaluations(data.objective(subject, task.objective.measure, filling)).losses([mask], "measuring")
-    left = subject.identity.parameters - subject.anatomy.outline.removed_parameters(mask)
-    return Contestant(removed=format_mask(mask), parameters=left + repair.added_parameters, loss=losses[mask])
-
-
-def at_random(task: Task) -> dict[str, Mask]:
-    """Masks that reach the same target by the same kind of moves at random."""
-    free = Rehearsal(task.objective)
-    results = {seed: driver.run(Random(seed), task.problem, free) for seed in range(RANDOMS)}
-    return {
-        f"random {seed}": frozenset().union(*(step.move.blocks for step in result.steps))
-        for seed, result in results.items()
-    }
-
-
-def measured(task: Task, data: Data, masks: Mapping[str, Mask]) -> dict[str, Contestant]:
-    """The loss of the model without each mask, by the objective of the task on other data."""
-    subject, outline = task.subject, task.subject.anatomy.outline
-    objective = data.objective(subject, task.objective.measure)
-    losses = Evaluations(objective).losses(masks.values(), "measuring")
-    return {
-        name: Contestant(
-            removed=format_mask(mask),
-            parameters=subject.identity.parameters - outline.removed_parameters(mask),
-            loss=losses[mask],
-        )
-        for name, mask in masks.items()
-    }
