@@ -246,7 +246,7 @@ def test_a_spill_stays_within_its_memory_and_uses_its_file_again(tmp_path):
             for key in range(4):
                 spill.put(key, torch.full((10,), float(turn)))
             assert [float(spill.pop(key)[0]) for key in range(4)] == [turn] * 4
-        assert spill.spilled == 50 * 2 * 40
+        assert spill.ledger.spilled == 50 * 2 * 40
         assert spill._end == 2 * 40
         assert not list(tmp_path.iterdir())  # no name, so nothing is left behind, not by a kill either
 

@@ -12,12 +12,12 @@ import torch
 from labs import examples, made
 from torch import nn
 
-from blockpruner.anatomy.probing import accepts, evaluating
+from blockpruner.anatomy.probing import accepts, asking, evaluating
 from blockpruner.blocks import parse_mask
 from blockpruner.errors import CheckFailedError, InputError, RunFolderError
 from blockpruner.repairs import teaching, training
 from blockpruner.repairs.courses import Course, Number, Trace, rates, windows_of_step
-from blockpruner.repairs.pupil import Pupil, asking
+from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Trained
 from blockpruner.repairs.teaching import Predictions
 from blockpruner.repairs.training import train

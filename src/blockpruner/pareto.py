@@ -174,11 +174,8 @@ def pareto_of(
     dense = losses["dense", 0]
     recoveries = {name: plan.method and plan.method.recovery for name, plan in plans.items()}
     points = [
-        _point(subject, key, mask, losses[key], dense, costs).model_copy(
-            update={"recovery": recovery, "recovered": recovery is not None and judge is None}
-        )
+        _point(subject, key, mask, losses[key], dense, costs, recoveries.get(key[0]) if mask else None, judge is None)
         for key, mask in masks.items()
-        for recovery in [recoveries.get(key[0]) if mask else None]
     ]
     time = "share of counted operations of a short pass" if costs is None else f"seconds, {costs.source}"
     return Pareto.of(points, model=subject.identity.name, judged_by=judged_by, time=time, budget=budget)
@@ -191,6 +188,8 @@ def _point(
     loss: Estimate | None,
     dense: Estimate | None,
     costs: Costs | None,
+    recovery: str | None,
+    recorded: bool,
 ) -> Point:
     anatomy = subject.anatomy
     shares = [anatomy.parts[block].compute for block in sorted(mask, key=lambda block: block.order)]
@@ -204,6 +203,8 @@ def _point(
         parameters=anatomy.total_parameters - anatomy.outline.removed_parameters(mask),
         cache_bytes=anatomy.cache_bytes(mask),
         time=share if costs is None else costs.left(anatomy.outline, mask) / costs.whole,
+        recovery=recovery,
+        recovered=recovery is not None and recorded,
     )
 
 

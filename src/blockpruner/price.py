@@ -12,7 +12,7 @@ from blockpruner.planning import Task, find_plan
 from blockpruner.searching.contract import DENSE, Progress
 
 NAME = "price.json"
-SAMPLED_EVERY = 0.05  # seconds, of the memory of a search
+LOOK_EVERY = 0.05  # seconds between two looks at the memory of a search
 
 
 class Price(Record):
@@ -80,7 +80,7 @@ def search_for(
     earlier = Receipt.load(run / NAME) if (run / NAME).exists() else None
     resumed = earlier.resumed if earlier else (run / "journal.jsonl").exists()
     objective.moved = earlier.spent.traffic if earlier else Traffic()
-    with peak_memory(objective.model.device, every=SAMPLED_EVERY) as taken:
+    with peak_memory(objective.model.device, every=LOOK_EVERY) as taken:
         plan = find_plan(task, run, progress, budget, crew)
     spent = Price(
         evaluations=plan.evaluations or 0,

@@ -150,9 +150,26 @@ def unfilled(root: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def with_parameters(module: nn.Module, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the block runs, every floating-point parameter `p` of `module` holds `make(p)`; then itself again."""
-    kept = [(p, p.data) for p in module.parameters() if p.is_floating_point()]
+def asking(model: nn.Module, parameters: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """While the block runs, of the model's parameters these alone ask for gradients, which all begin without one."""
+    before = [(p, p.requires_grad, p.grad) for p in {*model.parameters(), *parameters}]
+    try:
+        for p, _, _ in before:
+            p.grad = None
+            p.requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, required, grad in before:
+            p.requires_grad_(required)
+            p.grad = grad
+
+
+@contextlib.contextmanager
+def made_of(parameters: Iterable[nn.Parameter], make: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, each of these parameters `p` holds `make(p)`; then itself again."""
+    kept = [(p, p.data) for p in {id(p): p for p in parameters}.values()]  # tied ones once
     try:
         for parameter, data in kept:
             parameter.data = make(data)
@@ -160,6 +177,11 @@ def with_parameters(module: nn.Module, make: Callable[[Tensor], Tensor]) -> Iter
     finally:
         for parameter, data in kept:
             parameter.data = data
+
+
+def with_parameters(module: nn.Module, make: Callable[[Tensor], Tensor]) -> contextlib.AbstractContextManager[None]:
+    """While the block runs, every floating-point parameter `p` of `module` holds `make(p)`; then itself again."""
+    return made_of((p for p in module.parameters() if p.is_floating_point()), make)
 
 
 def is_matrix(data: Tensor) -> bool:
@@ -183,18 +205,9 @@ def projections(root: nn.Module, path: str = "") -> list[str]:
     return found
 
 
-@contextlib.contextmanager
-def nulled(root: nn.Module, names: Iterable[str]) -> Iterator[None]:
+def nulled(root: nn.Module, names: Iterable[str]) -> contextlib.AbstractContextManager[None]:
     """While the block runs, the parameters of these names below `root` are zero."""
-    parameters = {id(p): p for p in map(root.get_parameter, names)}  # tied ones once
-    kept = [(parameter, parameter.data) for parameter in parameters.values()]
-    try:
-        for parameter, data in kept:
-            parameter.data = zeroed(data)
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
+    return made_of(map(root.get_parameter, names), zeroed)
 
 
 def zeroed(data: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +27,11 @@ from blockpruner.options import (
     Text,
     Workers,
 )
+
+if TYPE_CHECKING:
+    from blockpruner.plan import Plan
+    from blockpruner.planning import Task
+    from blockpruner.price import Price
 
 
 @verb("blockpruner inspect demo")
@@ -136,11 +141,10 @@ def search(
     """Find which blocks to remove. Writes plan.json into the run folder; killed, the same command goes on."""
     from blockpruner.plan import Plan
     from blockpruner.planning import prepare
-    from blockpruner.price import quote, search_for
+    from blockpruner.price import search_for
     from blockpruner.recoveries import parse_recovery
     from blockpruner.searching.contract import Stop
     from blockpruner.searching.targets import parse_target
-    from blockpruner.tables import print_plan
 
     if how.recovery:
         parse_recovery(how.recovery)  # a mistake is said before the model is loaded
@@ -159,24 +163,37 @@ def search(
         **vars(how),
         **text.options(),
     )
+    price = _priced(task, as_json and dry_run)
+    if dry_run:
+        return
+    plan, receipt = search_for(task, price, run, Progress(), budget, crew)
+    say_spent(receipt)
+    _say_plan(plan, run, as_json)
+    if plan.stop_reason == Stop.INTERRUPTED:
+        raise KeyboardInterrupt
+    _say_next(run, model, calibration, how.recovery)
+
+
+def _priced(task: "Task", as_json: bool) -> "Price":
+    from blockpruner.price import quote
+
     if task.replacing:
         say(f"recovery inside the search: {task.replacing.identity}")
     price = quote(task)
     say_price(price, task)
-    if dry_run:
-        if as_json:
-            print_json(price.model_dump(mode="json"))
-        return
-    plan, receipt = search_for(task, price, run, Progress(), budget, crew)
-    say_spent(receipt)
+    if as_json:
+        print_json(price.model_dump(mode="json"))
+    return price
+
+
+def _say_plan(plan: "Plan", run: Path, as_json: bool) -> None:
+    from blockpruner.tables import print_plan
+
     say(f"plan: {run / 'plan.json'} ({plan.stop_reason})")
     if as_json:
         print_json(plan.model_dump(mode="json"))
     else:
         print_plan(plan)
-    if plan.stop_reason == Stop.INTERRUPTED:
-        raise KeyboardInterrupt
-    _say_next(run, model, calibration, how.recovery)
 
 
 def _say_next(run: Path, model: str, calibration: str, recovery: str | None) -> None:

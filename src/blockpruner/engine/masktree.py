@@ -22,7 +22,7 @@ from blockpruner.anatomy.parts import Anatomy, Layer, layer_stand_ins
 from blockpruner.anatomy.probing import Call, accepts, first_tensor, replaced, stood_in
 from blockpruner.artifacts import Traffic, Work
 from blockpruner.blocks import Mask
-from blockpruner.engine.spilling import Spill
+from blockpruner.engine.spilling import Ledger, Spill
 from blockpruner.loading.lending import at_hand
 from blockpruner.standin import StandIn, stand_in_for
 from blockpruner.surgery.gaps import Filling, attach
@@ -77,7 +77,7 @@ def sweep_traffic(
 
     asked: per micro-batch the masks, and the bytes of a state; memory: of the `Spill` that it is given.
     """
-    states, plans = _Ledger(memory), {tuple(masks): _grouped(layers, masks) for masks, _ in asked.values()}
+    states, plans = Ledger[Node](memory), {tuple(masks): _grouped(layers, masks) for masks, _ in asked.values()}
     mine = {batch: (plans[tuple(masks)], size) for batch, (masks, size) in asked.items()}
     for number in range(len(layers)):
         for batch, (plan, size) in mine.items():
@@ -85,40 +85,17 @@ def sweep_traffic(
                 states.put((batch, 0, frozenset()), size)
             for parent, children in plan[number]:
                 states.pop((batch, number, parent))
-                for child in children:
-                    states.put((batch, number + 1, child), size)
+                for each in children:
+                    states.put((batch, number + 1, each.child), size)
     return Traffic(spilled=states.spilled, held=states.most)
 
 
-def _grouped(layers: Sequence[Layer], masks: Sequence[Mask]) -> list[list[tuple[Mask, list[Mask]]]]:
-    """Per layer, the prefixes that go into it, each with those that it makes of them."""
+def _grouped(layers: Sequence[Layer], masks: Sequence[Mask]) -> list[list[tuple[Mask, list[Branching]]]]:
+    """Per layer, the prefixes that go into it, each with its calls."""
     return [
-        [(parent, [each.child for each in children]) for parent, children in itertools.groupby(calls, _parent)]
+        [(parent, list(children)) for parent, children in itertools.groupby(calls, lambda each: each.parent)]
         for calls in sweep_plan(layers, masks)
     ]
-
-
-def _parent(branching: Branching) -> Mask:
-    return branching.parent
-
-
-class _Ledger:
-    """What a `Spill` would hold and write, without any tensor."""
-
-    def __init__(self, memory: int | None) -> None:
-        self.memory, self.used, self.most, self.spilled = memory, 0, 0, 0
-        self._held: dict[Node, int] = {}
-
-    def put(self, node: Node, size: int) -> None:
-        if self.memory is None or self.used + size <= self.memory:
-            self._held[node] = size
-            self.used += size
-            self.most = max(self.most, self.used)
-        else:
-            self.spilled += size
-
-    def pop(self, node: Node) -> None:
-        self.used -= self._held.pop(node, 0)
 
 
 class _Stop(Exception):
@@ -182,7 +159,7 @@ class MaskTree:
         Each layer sees all prefixes of all micro-batches before the next one does, so that its weights are read once.
         What it is to be called with is recorded again for each micro-batch then, not kept, when there are several.
         """
-        plans = {tuple(masks): sweep_plan(self.layers, masks) for masks, _ in asked.values()}
+        plans = {tuple(masks): _grouped(self.layers, masks) for masks, _ in asked.values()}
         calls: list[Call] = []
         for number, layer in enumerate(self.layers):
             with at_hand(self.model.get_submodule(layer.path)):
@@ -191,8 +168,7 @@ class MaskTree:
                         calls = self._record(inputs)
                     if number == 0:
                         states.put((batch, 0, frozenset()), _stream(calls[0], layer))
-                    branchings = plans[tuple(masks)][number]
-                    for parent, children in itertools.groupby(branchings, key=_parent):
+                    for parent, children in plans[tuple(masks)][number]:
                         state = states.pop((batch, number, parent))
                         for each in children:
                             after = self._step(layer, calls[number], state, each.removed)

@@ -137,10 +137,9 @@ class ModelObjective(BatchByBatch):
 
         A streamed model's layers are read once for a request, or for each row of each mask without the tree.
         """
-        read = self._layer_bytes if self.memory is not None else 0
         if self.fallback:
             passes = sum((len(masks) + self.measure.compares) * len(self._parts[b]) for b, masks in asked.items())
-            return Traffic(read=read * passes)
+            return Traffic(read=self._read_bytes * passes)
         first, (stack,) = [DENSE] if self.measure.compares else [], self.anatomy.stacks
         sized = {
             b: ([*first, *masks], self._state_bytes * _tokens(stack, self._parts[b].inputs))
@@ -151,7 +150,7 @@ class ModelObjective(BatchByBatch):
             for masks, size in sized.values():
                 most[tuple(masks)] = (masks, max(size, most[tuple(masks)][1]))
             return sum((sweep_traffic(stack.layers, {0: each}, None) for each in most.values()), Traffic())
-        return Traffic(read=read) + sweep_traffic(stack.layers, sized, self.memory)
+        return Traffic(read=self._read_bytes) + sweep_traffic(stack.layers, sized, self.memory)
 
     def held_bytes(self, traffic: Traffic) -> int:
         """The memory that a search takes: weights, states and logits; what a layer makes for itself is not in it."""
@@ -163,22 +162,22 @@ class ModelObjective(BatchByBatch):
     @property
     def weight_bytes(self) -> int:
         """Of the weights that stay in memory: where they are streamed, of what is in no layer."""
-        whole = sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers()))
-        return whole if self.memory is None else whole - self._layer_bytes
+        return sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers())) - self._read_bytes
 
     @property
     def _lent_bytes(self) -> int:
         """Of the largest layer whose weights are lent, as it computes with them."""
         if not lends(self.model):
             return 0
-        layers = [self.model.get_submodule(layer.path) for stack in self.anatomy.stacks for layer in stack.layers]
-        return max(sum(p.numel() for p in layer.parameters()) for layer in layers) * self.model.dtype.itemsize
+        return max(sum(p.numel() for p in layer.parameters()) for layer in self._layers()) * self.model.dtype.itemsize
 
     @cached_property
-    def _layer_bytes(self) -> int:
-        """Of the weights of all layers, as they are in files where they are streamed."""
-        layers = [self.model.get_submodule(layer.path) for stack in self.anatomy.stacks for layer in stack.layers]
-        return sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+    def _read_bytes(self) -> int:
+        """Of the weights of all layers in their files, where they are streamed; else 0."""
+        return 0 if self.memory is None else sum(p.nbytes for layer in self._layers() for p in layer.parameters())
+
+    def _layers(self) -> list[torch.nn.Module]:
+        return [self.model.get_submodule(layer.path) for stack in self.anatomy.stacks for layer in stack.layers]
 
     def seconds(self, work: Work) -> float:
         """How long `work` takes here, from one timed pass of the whole model over one micro-batch."""
@@ -213,8 +212,7 @@ class ModelObjective(BatchByBatch):
         step = HEADS if compares else 1
         with Spill[Node](self.memory) as states:
             take = self._tree.walk(wanted, states)
-            read = self._layer_bytes if self.memory is not None else 0
-            self.moved += Traffic(read=read, spilled=states.spilled, held=states.most)
+            self.moved += Traffic(read=self._read_bytes, spilled=states.ledger.spilled, held=states.ledger.most)
             for batch, masks in asked.items():
                 whole = take(batch, DENSE) if compares else None
                 for start in range(0, len(masks), step):
@@ -252,7 +250,7 @@ class ModelObjective(BatchByBatch):
             yield torch.cat([sums for sums, _ in rows]), [count for _, counts in rows for count in counts]
 
     def _pass(self, mask: Mask, part: Examples) -> Tensor:
-        self.moved += Traffic(read=self._layer_bytes if self.memory is not None else 0)
+        self.moved += Traffic(read=self._read_bytes)
         with self._without(mask):
             return output_of(self.model(**part.inputs, **self._extra))[:, _positions(part)]
 

@@ -26,21 +26,44 @@ class _Place:
     device: torch.device
 
 
+class Ledger(Generic[K]):
+    """Which tensors, by key and bytes, are in memory, where only `memory` bytes of them may be (None: all).
+
+    What is in memory is never moved out. most: bytes held in memory at most; spilled: bytes that had no room by now.
+    """
+
+    def __init__(self, memory: int | None = None) -> None:
+        self.memory, self.used, self.most, self.spilled = memory, 0, 0, 0
+        self._held: dict[K, int] = {}
+
+    def put(self, key: K, size: int) -> bool:
+        """Whether there is room for it, which is taken then."""
+        if self.memory is not None and self.used + size > self.memory:
+            self.spilled += size
+            return False
+        self._held[key] = size
+        self.used += size
+        self.most = max(self.most, self.used)
+        return True
+
+    def pop(self, key: K) -> None:
+        """It is held no longer; no matter where it was."""
+        self.used -= self._held.pop(key, 0)
+
+
 class Spill(Generic[K]):
     """Holds tensors until they are taken; up to `memory` bytes of them in memory (None: all), the rest in a file.
 
-    Whoever walks over many in the same order again and again is served best when what came first stays, so nothing
-    that is in memory is ever moved out. The file is in `folder`, or where temporary files go; it has no name, so the
-    system removes it when this process ends, however it ends. spilled: bytes written so far; most: bytes held in memory
-    at most. MachineError where the disk is full. Tensors come back with the same bits. Used as a context, which ends
-    with everything let go.
+    Whoever walks over many in the same order again and again is served best when what came first stays, as the ledger
+    has it. The file is in `folder`, or where temporary files go; it has no name, so the system removes it when this
+    process ends, however it ends. MachineError where the disk is full. Tensors come back with the same bits. Used as a
+    context, which ends with everything let go.
     """
 
     def __init__(self, memory: int | None = None, folder: Path | None = None) -> None:
-        self.memory, self.spilled, self.most = memory, 0, 0
+        self.ledger = Ledger[K](memory)
         self._folder = folder
         self._held: dict[K, Tensor] = {}
-        self._used = 0
         self._places: dict[K, _Place] = {}
         self._free: dict[int, list[int]] = {}
         self._end = 0
@@ -59,10 +82,8 @@ class Spill(Generic[K]):
 
     def put(self, key: K, tensor: Tensor) -> None:
         """Hold `tensor`, which nobody changes any more, under a key that holds nothing."""
-        if self.memory is None or self._used + tensor.nbytes <= self.memory:
+        if self.ledger.put(key, tensor.nbytes):
             self._held[key] = tensor
-            self._used += tensor.nbytes
-            self.most = max(self.most, self._used)
         else:
             self._write(key, tensor)
 
@@ -72,10 +93,9 @@ class Spill(Generic[K]):
 
     def pop(self, key: K) -> Tensor:
         """What `put` was given, which is then held no longer."""
+        self.ledger.pop(key)
         if key in self._held:
-            tensor = self._held.pop(key)
-            self._used -= tensor.nbytes
-            return tensor
+            return self._held.pop(key)
         place = self._places.pop(key)
         tensor = self._read(place)
         self._free.setdefault(place.size, []).append(place.start)
@@ -83,7 +103,7 @@ class Spill(Generic[K]):
 
     def _write(self, key: K, tensor: Tensor) -> None:
         size = tensor.nbytes
-        if not self.spilled:
+        if isinstance(self._file, io.BytesIO):
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 (closed on leaving)
         free = self._free.get(size)
         start = free.pop() if free else self._end
@@ -99,7 +119,6 @@ class Spill(Generic[K]):
                 fix="give more --memory, or free some disk space",
             ) from error
         self._places[key] = _Place(start, size, tensor.shape, tensor.dtype, tensor.device)
-        self.spilled += size
 
     def _read(self, place: _Place) -> Tensor:
         tensor = torch.empty(place.shape, dtype=place.dtype)

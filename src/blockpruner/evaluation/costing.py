@@ -77,8 +77,9 @@ def measured(subject: Subject, speed: Speed, ledger: Ledger, progress: Progress 
     writes: there their blocks cost a tick.
     """
     decoding = speed.phase == "decode" and subject.model.config.is_encoder_decoder
-    idle = [blocks for blocks in alike(ledger) if decoding and blocks[0].stack.startswith("encoder")]
-    classes = [blocks for blocks in alike(ledger) if blocks not in idle]
+    idle, classes = list[list[Block]](), list[list[Block]]()
+    for blocks in alike(ledger):
+        (idle if decoding and blocks[0].stack.startswith("encoder") else classes).append(blocks)
     named = {f"without {len(some)} x {some[0]}": some for blocks in classes for some in [blocks[::2]]}
     contestants = [Contestant("whole", subject), *(Contestant(n, subject, frozenset(b)) for n, b in named.items())]
     protocol = Protocol(speed.batch, speed.context, NEW if speed.phase == "decode" else 1, ROUNDS)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.anatomy.parts import Anatomy, Spec
-from blockpruner.anatomy.probing import evaluating
+from blockpruner.anatomy.probing import asking, evaluating
 from blockpruner.blocks import Mask, Move, format_mask
 from blockpruner.errors import CheckFailedError
 from blockpruner.importance.criterion import Lab
-from blockpruner.importance.gradients import frozen, mean_loss, windows_of
+from blockpruner.importance.gradients import mean_loss, windows_of
 from blockpruner.surgery.removal import skipped
 from blockpruner.texts.examples import Examples
 
@@ -87,7 +87,7 @@ def learned(lab: Lab, moves: Sequence[Move], options: Options) -> Tensor:
     rows = windows_of(lab.model, lab.examples)
     zeros = [0.0] * len(moves)
     state = [[START] * len(moves), zeros, zeros]  # logits; Adam's means of the gradient and of its square
-    with evaluating(lab.model), frozen(lab.model), skipped(lab.model, lab.mask, anatomy=lab.anatomy):
+    with evaluating(lab.model), asking(lab.model), skipped(lab.model, lab.mask, anatomy=lab.anatomy):
         gated = Gated(lab.model, lab.anatomy, moves, lab.mask)
         for start in range(0, options.steps, NOTED_EVERY):
             stop = min(start + NOTED_EVERY, options.steps)

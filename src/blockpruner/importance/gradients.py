@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.anatomy.parts import Anatomy
-from blockpruner.anatomy.probing import MISFIT, evaluating, vocabulary_size
+from blockpruner.anatomy.probing import MISFIT, asking, evaluating, vocabulary_size
 from blockpruner.blocks import Mask, Move, format_mask
 from blockpruner.errors import InputError, is_out_of_memory
 from blockpruner.importance.backward_walk import BackwardWalk, Disagreement, without_cache
@@ -95,31 +95,16 @@ def gradients(
         if not reason:
             sink = make()
             try:
-                with frozen(model), _collecting(parameters, sink) as at:
+                with asking(model), _collecting(parameters, sink) as at:
                     BackwardWalk(model, anatomy).run(rows, at, sink.done, report)
                 return sink
             except Disagreement as error:
                 reason = str(error)
         _log.warning("whole backward passes, which may hold a copy of the blocks' weights: %s", reason)
         sink = make()
-        with frozen(model), _collecting(parameters, sink) as at:
+        with asking(model), _collecting(parameters, sink) as at:
             _whole(model, rows, at, sink, report)
         return sink
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """While the block runs, no parameter asks for a gradient, nor has one; then each as before."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        for p, _, _ in before:
-            p.grad = None
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p, required, grad in before:
-            p.requires_grad_(required)
-            p.grad = grad
 
 
 At = Callable[[int], None]
@@ -183,11 +168,11 @@ def _why_not(
     short = replace(rows[-1], inputs=cut, targets=cut["input_ids"])
     walked, whole = _Sizes(parameters), _Sizes(parameters)
     try:
-        with frozen(model), _collecting(parameters, walked) as at:
+        with asking(model), _collecting(parameters, walked) as at:
             BackwardWalk(model, anatomy, vocabulary_size(model) * PROBE_TOKENS // 2).run(
                 [short], at, walked.done, _silent
             )
-        with frozen(model), _collecting(parameters, whole) as at:
+        with asking(model), _collecting(parameters, whole) as at:
             _whole(model, [short], at, whole, _silent)
     except Disagreement as error:
         return str(error)

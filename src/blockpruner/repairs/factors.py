@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from blockpruner.anatomy.parts import Anatomy
-from blockpruner.anatomy.probing import stood_in
+from blockpruner.anatomy.probing import asking, stood_in
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError, missing_extra
 from blockpruner.repairs.courses import Number
-from blockpruner.repairs.pupil import Pupil, asking
+from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
 from blockpruner.repairs.teaching import Predictions, check_predicts
 from blockpruner.repairs.tuning import record_of, told, trained, wide
@@ -32,7 +32,7 @@ def train_lora(
     """LoRA trained and merged; see the recovery `lora`. shape: rank, alpha and dropout, as peft calls them."""
     check_predicts(bench.model, bench.examples)
     found = lora_targets(bench.model, bench.anatomy, bench.mask, targets)
-    with asking(bench.model, []):
+    with asking(bench.model):
         wrapped = _wrapped(found, shape, options)
         pupil = Pupil(bench.model, bench.anatomy, bench.mask, bench.start, wrapped)
         numbers = {

@@ -55,23 +55,6 @@ class Pupil:
             module.train(on)
 
 
-@contextlib.contextmanager
-def asking(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """While the block runs, of the model's parameters these alone ask for gradients; then all are as before."""
-    before = [(p, p.requires_grad, p.grad) for p in {*model.parameters(), *parameters}]
-    try:
-        for p, _, _ in before:
-            p.grad = None
-            p.requires_grad_(False)
-        for p in parameters:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p, required, grad in before:
-            p.requires_grad_(required)
-            p.grad = grad
-
-
 class _Stop(Exception):
     """Leaves the model's forward once its layers are done."""
 

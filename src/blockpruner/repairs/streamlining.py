@@ -11,7 +11,7 @@ from blockpruner.blocks import Block, Mask, format_mask
 from blockpruner.repairs.closed_form import left_alone
 from blockpruner.repairs.pupil import Ends, Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
-from blockpruner.repairs.tuning import UNHELPED, Measure, Told, left_of, told, tuned
+from blockpruner.repairs.tuning import Gauge, left_of, record_of, told, tuned
 from blockpruner.surgery.gaps import Repair
 from blockpruner.texts.examples import Examples
 
@@ -52,26 +52,13 @@ def train_layers(bench: Bench, options: Trained) -> tuple[Repair, tuple[GapRecor
     if not parameters:
         return bench.start, (left_alone(format_mask(bench.mask), "", "no layer is left beside it"),)
 
-    def lesson(pupil: Pupil) -> tuple[Streams, Measure]:
+    def lesson(pupil: Pupil) -> tuple[Streams, Gauge]:
         streams = Streams(pupil, [place.behind for place in beside])
         return streams, streams.measure
 
     made, trace = tuned(bench, options, parameters, lesson)
-    applied = bool(trace.best(bench.force))
-    settings: Told = told(options, trace, bench.force)
-    return made, tuple(
-        GapRecord(
-            removed=format_mask(place.blocks),
-            place=place.path,
-            added_parameters=0,
-            settings=settings,
-            error=None,
-            applied=applied,
-            reason="" if applied else UNHELPED,
-            curve=trace.curve,
-        )
-        for place in beside
-    )
+    settings = told(options, trace, bench.force)
+    return made, tuple(record_of(bench, place.path, settings, trace, place.blocks) for place in beside)
 
 
 class Streams:

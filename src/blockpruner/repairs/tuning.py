@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockpruner.anatomy.probing import evaluating, stood_in
-from blockpruner.blocks import format_mask
+from blockpruner.anatomy.probing import asking, evaluating, stood_in
+from blockpruner.blocks import Mask, format_mask
 from blockpruner.errors import InputError
 from blockpruner.loading.models import computation
 from blockpruner.repairs.courses import Course, Lesson, Number, Trace
-from blockpruner.repairs.pupil import Pupil, asking
+from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
 from blockpruner.repairs.teaching import Predictions, check_predicts
 from blockpruner.repairs.training import train
@@ -28,7 +28,7 @@ from blockpruner.texts.examples import IGNORED, Examples
 
 UNHELPED = "held-out text is better off as it was before the training"
 Told = dict[str, str | int | float]
-Measure = Callable[[Examples], float]
+Gauge = Callable[[Examples], float]  # what is measured of text on which nothing is predicted
 
 
 def train_weights(
@@ -56,7 +56,7 @@ def tuned(
     bench: Bench,
     options: Trained,
     parameters: Mapping[str, nn.Parameter],
-    lesson: Callable[[Pupil], tuple[Lesson, Measure | None]],
+    lesson: Callable[[Pupil], tuple[Lesson, Gauge | None]],
     *,
     maps: Mapping[str, Replacement] | None = None,
 ) -> tuple[Repair, Trace]:
@@ -85,7 +85,7 @@ def trained(
     pupil: Pupil,
     numbers: Mapping[str, Number],
     lesson: Lesson,
-    own: Measure | None = None,
+    own: Gauge | None = None,
 ) -> Trace:
     """Train on the bench's examples; judged by the loss of predictions, by its `own` where there are none.
 
@@ -145,11 +145,11 @@ def told(options: Trained, trace: Trace, force: bool) -> Told:
     return {"lr": options.lr, "steps": trace.step, "best step": trace.best(force)}
 
 
-def record_of(bench: Bench, place: str, settings: Told, trace: Trace) -> GapRecord:
-    """The record of what was trained for all gaps together, without new parameters."""
+def record_of(bench: Bench, place: str, settings: Told, trace: Trace, blocks: Mask | None = None) -> GapRecord:
+    """The record of what was trained for these blocks, or for all that are gone, without new parameters."""
     best = bool(trace.best(bench.force))
     return GapRecord(
-        removed=format_mask(bench.mask),
+        removed=format_mask(bench.mask if blocks is None else blocks),
         place=place,
         added_parameters=0,
         settings=settings,
