@@ -165,7 +165,7 @@ def speedup_of_ideal(demo: Subject) -> dict[str, Any]:
     """Prefill of 512 tokens, the head on the last position, with and without the blocks of the demo's plan."""
     mask = parse_mask(DEMO_PLAN)
     contestants = [Contestant("dense", demo), Contestant("demo plan", demo, mask)]
-    cell = measure(contestants, Protocol(1, 512, 1, rounds=7), progress=lambda *said: say(str(said)))
+    cell = measure(contestants, Protocol(1, 512, 1, rounds=21), progress=lambda *said: say(str(said)))
     plan = cell.contestants[1]
     return {
         "removed": DEMO_PLAN,
