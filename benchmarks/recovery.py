@@ -202,6 +202,7 @@ class Bench:
         parameters = self.parameters(mask) + repair.added_parameters
         shared = {
             **self._named(run),
+            "commit": commit(),
             "added_parameters": repair.added_parameters,
             "parameters": parameters,
             "prefill_flops": self._prefill(mask, repair),
