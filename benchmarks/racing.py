@@ -5,8 +5,9 @@
 REMOVED blocks go by TOKENS tokens of C4, in draws of 40 documents each; the exhaustive search, which is what a race is
 to agree with, runs on the first draw alone. Final losses are those on the calibration text, evaluated in full. The
 counts of the published loop (every candidate, every token, a full pass) are arithmetic, and are checked by the plain
-loop of search_cost.py. Work is also given as one number, with the seconds that a token costs in blocks and in the head
-on the machine of the run. RUNS keeps what is known: the same command goes on. The figures become `racing` in the JSON.
+loop of search_cost.py. Work is also given as one number: as operations, two per weight and token, and as seconds, at
+what a token costs in blocks and in the head on the machine of the run. RUNS keeps what is known: the same command goes
+on. The figures become `racing` in the JSON.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
     subject = open_subject(load("demo", dtype="bfloat16"))
     rows = {draw: searched(subject, options, draw, "greedy") for draw in range(options.draws)}
     reference = searched(subject, options, 0, "exhaustive") if options.reference else None
-    shares = [row["share of the published loop"]["all"] for row in rows.values()]
+    shares = [row["share of the published loop"]["operations"] for row in rows.values()]
     figures = {
         "command": 'python benchmarks/racing.py --data "$BLOCKPRUNER_DATA" --json experiments/search_cost.json',
         "commit": commit(),
@@ -101,11 +102,28 @@ def published(objective: ModelObjective, steps: int) -> Work:
 
 
 def shares(task: Task, plan: Plan, loop: Work) -> dict[str, float]:
-    """The work of the plan's search as a share of that of the loop: of blocks, of the head, and of their seconds."""
-    work = plan.work or Work()
+    """The work of the plan's search as a share of that of the loop: of blocks, of the head, and of both."""
+    work, objective = plan.work or Work(), task.objective
     blocks = (work.attention_tokens + work.mlp_tokens) / (loop.attention_tokens + loop.mlp_tokens)
-    seconds = task.objective.seconds(work) / task.objective.seconds(loop)
-    return {"blocks": blocks, "head": work.head_tokens / loop.head_tokens, "all": seconds}
+    return {
+        "blocks": blocks,
+        "head": work.head_tokens / loop.head_tokens,
+        "operations": operations(objective, work) / operations(objective, loop),
+        "seconds": objective.seconds(work) / objective.seconds(loop),
+    }
+
+
+def operations(objective: ModelObjective, work: Work) -> float:
+    """Two per weight and token, with the mean over all blocks of a kind; scores of attention are left out."""
+    held: dict[str, list[int]] = {"attention": [], "mlp": []}
+    for block, parameters in objective.anatomy.outline.parameters.items():
+        held["mlp" if block.kind == "mlp" else "attention"].append(parameters)
+    head = objective.model.get_output_embeddings()
+    assert head is not None
+    blocks = work.attention_tokens * statistics.fmean(held["attention"]) + work.mlp_tokens * statistics.fmean(
+        held["mlp"]
+    )
+    return 2 * (blocks + work.head_tokens * head.weight.numel())
 
 
 def priced(task: Task, said: Work, spent: Work) -> float:
