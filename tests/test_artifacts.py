@@ -2,6 +2,7 @@
 
 import errno
 import json
+import stat
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,23 @@ def test_a_run_folder_is_held_by_one_at_a_time(tmp_path: Path):
         pass
     with run_folder(tmp_path / "run"):
         pass
+
+
+def test_a_file_system_without_locks_is_not_taken_for_a_busy_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with pytest.raises(MachineError, match="cannot be locked: No locks available"), run_folder(tmp_path / "run"):
+        pass
+
+
+def test_files_of_a_new_folder_can_be_read_by_all(tmp_path: Path):
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "inner").mkdir(mode=0o700)
+        (folder / "inner" / "model.safetensors").touch(mode=0o600)
+    made = [tmp_path / "out", tmp_path / "out/inner", tmp_path / "out/inner/model.safetensors"]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in made] == [0o755, 0o755, 0o644]
 
 
 @pytest.mark.parametrize(

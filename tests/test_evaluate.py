@@ -249,6 +249,13 @@ def test_what_cannot_be_found_out_is_said_before_a_model_is_opened(prose, folder
 # Python and the command line
 
 
+def test_python_writes_nothing_into_the_folder_of_the_model(opened, prose):
+    folder = Path(opened.model.config.name_or_path)
+    with pytest.raises(InputError, match="lies in the source model"):
+        bp.evaluate(opened.model, opened.tokenizer, data=str(prose), run=folder / "out", **TEXT)
+    assert not (folder / "out").exists()
+
+
 def test_python_finds_the_same_for_masks_in_memory(opened, prose, folder, tmp_path):
     masks = {name: parse_mask(text) for name, text in MASKS.items() if name != "dense"}
     found = bp.evaluate(

@@ -484,6 +484,20 @@ def test_the_price_is_said_and_a_dry_run_stops_there(run, searched, checkpoint, 
     assert not Path("one/explanation.json").exists()
 
 
+def test_criteria_are_named_with_several_options(run, searched, checkpoint, prose):
+    words = ("explain", searched, "--model", checkpoint, "--data", prose, *TEXT)
+    found = run(*words, "--criteria", "coalitions:share=0.5,draws=4,magnitude", "--dry-run", "--json")
+    assert found.code == 0, found.err
+
+
+@pytest.mark.parametrize("verb", ["explain", "pareto"])
+def test_a_model_that_the_plan_names_and_that_is_not_here_can_be_named(run, searched, verb):
+    found = run(verb, searched)
+    assert found.code in (2, 4), found.err
+    assert "plan.json is for 'planted'" in found.err
+    assert "--model" in found.err
+
+
 def test_plans_that_cannot_be_explained_are_refused(run, checkpoint):
     write_json(Path("empty.json"), plan_of().model_dump(mode="json"))
     for words, reason in (

@@ -1,6 +1,7 @@
 """Multiple-choice items: the usual files are read as their harness reads them, and scored as it scores them."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,12 @@ def test_a_part_of_a_file_is_named_by_its_records(tmp_path):
     label, items = read_items(f"{source}[1:3]")
     assert label == "task.jsonl[1:3]"
     assert items == [item for _, item in RECORDS[1:3]]
+
+
+def test_a_file_of_items_may_be_longer_than_what_is_read_of_a_text(tmp_path, monkeypatch):
+    source = written(tmp_path / "task.jsonl", [record for record, _ in RECORDS])
+    monkeypatch.setattr("blockpruner.texts.files.MAX_TEXT", Path(source).stat().st_size // 2)
+    assert read_items(source) == ("task.jsonl", [item for _, item in RECORDS])
 
 
 @pytest.mark.parametrize(

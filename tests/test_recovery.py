@@ -293,6 +293,18 @@ def test_a_repair_that_makes_the_held_out_loss_worse_comes_back_empty_unless_for
     assert record.applied
 
 
+def test_a_repair_with_a_loss_that_is_not_finite_is_left_out_even_where_none_was_before(trained, monkeypatch):
+    model, anatomy, text = trained
+    mask, method = parse_mask("attention.1"), parse_recovery("bias")
+    broken = Repair({gap.path: Replacement("bias", 0, 32) for gap in gaps(anatomy, mask)})
+    monkeypatch.setattr(type(method), "repair", lambda *_: (broken, ()))
+    whole = recovering.loss(model, anatomy, text)
+    monkeypatch.setattr(recovering, "loss", lambda *given: None if len(given) > 3 else whole)
+    repair, record = recover(model, anatomy, mask, method, text)
+    assert repair == UNREPAIRED
+    assert (record.pruned, record.applied, record.reason) == (None, False, "the held-out loss is not finite with it")
+
+
 def test_a_gap_that_held_out_text_is_better_off_without_stays_empty():
     model, anatomy = made("causal/llama")
     text = examples(model, 2, 24)  # too little to learn a map of 32 inputs that holds elsewhere

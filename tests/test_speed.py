@@ -254,6 +254,10 @@ def test_the_command_benches_a_model_and_its_plan(run, checkpoint):
     value = json.loads(found.out)
     assert [(cell["batch"], cell["context"]) for cell in value["cells"]] == [(1, 8), (2, 8)]
     assert [one["removed"] for one in value["cells"][0]["contestants"]] == ["dense", "mlp.1"]
+    found = run("prune", checkpoint, "--plan", "plan.json", "--out", "pruned", "--dtype", "float32")
+    assert found.code == 0, found.err
+    value = json.loads(run("bench", "pruned", *words, "--json").out)
+    assert [one["removed"] for one in value["cells"][0]["contestants"]] == ["mlp.1+mlp.2"]
     found = run("bench", checkpoint, *words)
     assert (found.code, "prefill" in found.out) == (0, True)
     found = run("bench", checkpoint, "--batch", "0")

@@ -366,7 +366,7 @@ def test_search_score_and_prune_stream_on_the_command_line(run, checkpoint, pros
     ("words", "reason"),
     [
         (("--memory", "1GiB"), "--memory is for runs with --stream"),
-        (("--stream", "--memory", "much"), "much is no size"),
+        (("--stream", "--memory", "much"), "'much' is no size"),
         (("--stream", "--criterion", "taylor"), "needs backward passes"),
         (("--stream", "--allow-pickle"), "no pickles"),
     ],

@@ -52,9 +52,11 @@ class SearchOptions(TextOptions, total=False):
     """The options of `blockpruner search`; see `planning.prepare`."""
 
     search: str
+    criterion: str | Criterion
     objective: str
     moves: str
     protect: str
+    start: Plan | None
     recovery: str | None
     device_spec: str | None
     seed: int
@@ -193,7 +195,7 @@ def evaluate(
     whole = Contestant(model, tokenizer, anatomy)
     windows = wanted.windows(whole)
     known = [] if windows is None else evaluate_masks(model, anatomy, windows, named, mean=wanted.mean)
-    with run_folder(Path(run)) if run is not None else nullcontext():
+    with run_folder(Path(run), sources=_folder(model)) if run is not None else nullcontext():
         return assess(
             list(named),
             lambda name: nullcontext(replace(whole, mask=named[name])),
@@ -264,10 +266,10 @@ def _check_names(masks: Mapping[str, Iterable[Block]] | None) -> None:
 
 def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Subject:
     """`model` under the name it was loaded by, with the folder it came from."""
+    return subject_of(model, tokenizer, model.name_or_path or type(model).__name__, next(iter(_folder(model)), None))
+
+
+def _folder(model: PreTrainedModel) -> list[Path]:
+    """The folder that `model` was loaded from, if it was one."""
     folder = Path(model.config.name_or_path or "")
-    return subject_of(
-        model,
-        tokenizer,
-        model.name_or_path or type(model).__name__,
-        folder if model.config.name_or_path and folder.is_dir() else None,
-    )
+    return [folder] if model.config.name_or_path and folder.is_dir() else []

@@ -87,6 +87,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             for file in sorted(aside.rglob("*")):
                 handle = os.open(file, os.O_RDONLY)
                 try:
+                    os.fchmod(handle, 0o755 if file.is_dir() else 0o644)  # safetensors lets none but the owner read
                     os.fsync(handle)
                 finally:
                     os.close(handle)
@@ -188,7 +189,8 @@ class Artifact(Record):
 def run_folder(path: Path, *, sources: Iterable[Path] = ()) -> Iterator[Path]:
     """The run folder `path`, made if need be and held by this process alone (a kernel lock, gone with the process).
 
-    InputError if it lies in one of the model folders `sources`; RunFolderError names who holds it.
+    InputError if it lies in one of the model folders `sources`; RunFolderError names who holds it; MachineError where
+    the file system knows no locks.
     """
     check_outside(path, sources)
     with _writing(path):
@@ -198,6 +200,9 @@ def run_folder(path: Path, *, sources: Iterable[Path] = ()) -> Iterator[Path]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                what = f"{path} cannot be locked: {error.strerror or error}"
+                raise MachineError(what, fix="name a --run on another file system") from error
             holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
             raise RunFolderError(f"{path} is in use by {holder}", fix="wait for it, or name another --run") from error
         os.ftruncate(handle, 0)

@@ -3,15 +3,15 @@
 import functools
 import inspect
 import json
-import re
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blockpruner.console import duration, say
-from blockpruner.errors import InputError
+from blockpruner.errors import InputError, MachineError
 from blockpruner.exits import errors_said
 from blockpruner.options import Loading
 
@@ -122,10 +122,9 @@ def stream_memory(stream: bool, memory: str | None, workers: int = 0) -> int | N
         if memory is not None:
             raise InputError("--memory is for runs with --stream", fix="add --stream, or leave out --memory")
         return None
-    found = re.fullmatch(r"(\d+)([KMGT]i?B)", memory or DEFAULT_MEMORY)
-    if found is None:
-        raise InputError(f"--memory {memory} is no size", fix="give one as in 512MiB or 2GB")
-    return int(found[1]) * (1024 if "i" in found[2] else 1000) ** ("KMGT".index(found[2][0]) + 1)
+    from blockpruner.searching.costs import parse_bytes
+
+    return parse_bytes(memory or DEFAULT_MEMORY)
 
 
 def opened(model: str, how: Loading, memory: int | None = None) -> "Subject":
@@ -141,6 +140,22 @@ def opened(model: str, how: Loading, memory: int | None = None) -> "Subject":
     if how.pickle:
         raise InputError("--stream reads safetensors, no pickles", fix="leave out --allow-pickle, or --stream")
     return open_subject(load_streamed(model, **common, allow_remote_code=how.remote), memory)
+
+
+def opened_for(file: Path, model: str | None, how: Loading, option: str = "--model") -> "Subject":
+    """The model of that name, proved; else the one that the plan in `file` is for, of a folder its last part."""
+    from blockpruner.plan import Plan
+
+    if model is not None:
+        return opened(model, how)
+    named = Plan.read(file).model
+    if named is None:
+        raise InputError(f"{file} does not say which model it is for", fix=f"name the whole model with {option}")
+    try:
+        return opened(named.name, how)
+    except (InputError, MachineError) as error:
+        fix = f"{error.fix}; the whole model can be named with {option}"
+        raise type(error)(f"{file} is for {named.name!r}: {error.what}", fix=fix) from error
 
 
 def crew_of(workers: int, address: str | None, model: str, how: Loading) -> "Crew | None":

@@ -82,8 +82,15 @@ def identity(subject: Subject, data: Data, objective: ModelObjective, seed: int)
         **({"values per window": str(objective.pieces)} if objective.pieces > 1 else {}),
         "engine": "plain forward" if objective.fallback else "mask tree",
         "dtype": subject.dtype,
-        "device": subject.model.device.type,
+        "device": _device(subject.model.device),
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
         **{package: version(package) for package in ("torch", "transformers", "blockpruner")},
     }
+
+
+def _device(device: torch.device) -> str:
+    """What computes, since other hardware rounds otherwise: the card by its name, or what the processor can."""
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    return f"cpu, {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type

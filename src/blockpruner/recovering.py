@@ -62,7 +62,7 @@ def recover(
             found, reason = recovered, _unchanged(gaps)
         else:
             found = loss(model, anatomy, held_out, mask, made)
-            reason = "" if force else _worse(recovered, found)
+            reason = "" if force or dense is None else _worse(recovered, found)
         steps.append(StepRecord(method=name, gaps=gaps, recovered=found, applied=not reason, reason=reason))
         if not reason:
             repair, recovered = made, found
@@ -172,11 +172,9 @@ def _runs(row: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
 
 
 def _worse(pruned: Estimate | None, recovered: Estimate | None) -> str:
-    if pruned is None:
-        return ""
     if recovered is None:
         return "the held-out loss is not finite with it"
-    if recovered.value > pruned.value:
+    if pruned is not None and recovered.value > pruned.value:
         return f"the held-out loss rises with it, from {pruned.value:.4f} to {recovered.value:.4f}"
     return ""
 

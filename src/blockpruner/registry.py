@@ -26,6 +26,20 @@ def lookup(name: str, registry: Mapping[str, T], noun: str) -> T:
     return registry[name]
 
 
+def split_methods(text: str) -> list[str]:
+    """The methods of `linear:rank=64,lora:rank=8,seed=1`, each with its options.
+
+    A part between commas begins a method unless it has a `=` before any `:`, and is an option of the one before then.
+    """
+    methods: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if methods and "=" in part.partition(":")[0]:
+            methods[-1] += ("," if ":" in methods[-1] else ":") + part
+        else:
+            methods.append(part)
+    return methods
+
+
 def parse_method(text: str, registry: Mapping[str, type[T]], noun: str, **shared: object) -> T:
     """The method that `text` names, built with the options it gives: `random:seed=3`.
 

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from blockpruner.command import opened, print_json, verb
+from blockpruner.command import opened_for, print_json, verb
 from blockpruner.console import Progress, duration, say
-from blockpruner.errors import InputError
 from blockpruner.options import LOADING, Bos, Column, Json, Loading, Seed, Source, Split, Tokens, token_count
 
 
@@ -41,14 +40,15 @@ def explain(
     from blockpruner.inquiry import CHEAP, inquire
     from blockpruner.pareto import plan_file
     from blockpruner.plan import Plan
+    from blockpruner.registry import split_methods
 
     file = plan_file(folder)
-    subject = opened(model or _named(file), loading)
+    subject = opened_for(file, model, loading)
     inquiry = inquire(
         subject,
         Plan.read(file, subject.anatomy.outline),
         calibration=data,
-        criteria=CHEAP if criteria is None else criteria.split(","),
+        criteria=CHEAP if criteria is None else split_methods(criteria),
         folder=file.parent,
         seed=seed,
         tokens=token_count(tokens),
@@ -70,16 +70,6 @@ def explain(
         print_json(found.model_dump(mode="json"))
     else:
         print_explanation(found)
-
-
-def _named(file: Path) -> str:
-    """The model that a plan says it is for."""
-    from blockpruner.plan import Plan
-
-    plan = Plan.read(file)
-    if plan.model is None:
-        raise InputError(f"{file} does not say which model it is for", fix="name it with --model")
-    return plan.model.name
 
 
 def _run_folder(folder: Path) -> Path | None:

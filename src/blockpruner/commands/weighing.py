@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockpruner.command import opened, print_json, verb
+from blockpruner.command import opened, opened_for, print_json, verb
 from blockpruner.console import Progress, say
 from blockpruner.errors import InputError
 from blockpruner.options import LOADING, TEXT, Json, Loading, Seed, Source, Text
@@ -101,7 +101,7 @@ def pareto(
         raise InputError(f"--within {budget} is no number of nats", fix="give 0 or more, as in --within 0.1")
     for folder in folders:
         plan_file(folder)  # a mistake is said before the model is loaded
-    subject = opened(model or _model_of(folders[0]), loading)
+    subject = opened_for(plan_file(folders[0]), model, loading)
     plans, costs = read_plans(folders, subject.anatomy.outline)
     for name, one in plans.items():
         one.check(subject.anatomy.outline, subject.identity, name)
@@ -143,17 +143,6 @@ def _without(subject: "Subject", text: str) -> "Contestant":
     plan = Plan.read(Path(file), subject.anatomy.outline)
     plan.check(subject.anatomy.outline, subject.identity, file)
     return Contestant(f"without {text}", subject, plan.mask(int(first) if first else None))
-
-
-def _model_of(name: str) -> str:
-    """The model that a plan says it is for."""
-    from blockpruner.pareto import plan_file
-    from blockpruner.plan import Plan
-
-    plan = Plan.read(plan_file(name))
-    if plan.model is None:
-        raise InputError(f"{name} does not say which model it is for", fix="name it with --model")
-    return plan.model.name
 
 
 def _computed(subject: "Subject", card: "Card") -> "Costs":

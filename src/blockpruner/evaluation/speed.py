@@ -14,11 +14,12 @@ from typing import ClassVar, Self
 import torch
 
 from blockpruner.artifacts import Artifact, Record
-from blockpruner.blocks import Mask, format_mask
+from blockpruner.blocks import Mask
 from blockpruner.engine.limits import context
 from blockpruner.evaluation.compute import prefill_flops
 from blockpruner.evaluation.memory import Ledger, filled_cache, held_bytes, random_inputs, read_ledger
 from blockpruner.evaluation.peaks import peak_memory
+from blockpruner.evaluation.quality import removed_from
 from blockpruner.evaluation.timing import Protocol, Run, SpeedUp, Timing, clock_of, inputs_for, timed
 from blockpruner.searching.contract import Progress
 from blockpruner.subject import Subject
@@ -207,7 +208,7 @@ def _speed(
             timed(model, replace(protocol, new=min(protocol.new, 2)), inputs_for(model, protocol))
     return Figures(
         name=one.name,
-        removed=format_mask(one.mask),
+        removed=removed_from(one.subject.model, one.mask),
         weights_bytes=feet.weights,
         prefill=Timing.of([run.prefill for run in mine]),
         decode=Timing.of(decodes[1]) if decodes[1] else None,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.import_utils import is_accelerate_available
 
-from blockpruner.errors import InputError, MachineError
+from blockpruner.errors import InputError, missing_extra
 from blockpruner.loading.lending import at_hand, lend
 from blockpruner.loading.models import LoadedModel, checkpoint_of, dtype_of, place_of, tokenizer_of
 from blockpruner.loading.strict import check_finite, quietly, read_weights
@@ -42,7 +42,7 @@ def load_streamed(
     it has a name for as long as it is made. InputError: as there, and pickles; MachineError: accelerate is missing.
     """
     if not is_accelerate_available():
-        raise MachineError("--stream needs the package accelerate", fix="pip install accelerate")
+        raise missing_extra("accelerate", "stream", "--stream")
     place = place_of(device)
     checkpoint = checkpoint_of(name, revision, allow_remote_code, allow_pickle=False)
     folder = checkpoint.folder

@@ -13,7 +13,7 @@ from blockpruner.recoveries.lora import Lora
 from blockpruner.recoveries.replaceme import ReplaceMe
 from blockpruner.recoveries.span import Span
 from blockpruner.recoveries.streamline import Streamline
-from blockpruner.registry import format_method, parse_method
+from blockpruner.registry import format_method, parse_method, split_methods
 from blockpruner.repairs.recovery import Recovery, Trained
 
 RECOVERIES: dict[str, type[Recovery]] = {
@@ -35,16 +35,8 @@ def parse_recovery(text: str, *, seed: int = 0) -> Recovery:
 
 
 def parse_chain(text: str, *, seed: int = 0) -> tuple[Recovery, ...]:
-    """The recoveries that `text` names, in order, as in `linear:rank=64,lora:rank=8`.
-
-    A part between commas begins a method unless it has a `=` before any `:`, and is an option of the one before then.
-    """
-    methods: list[str] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        if methods and "=" in part.partition(":")[0]:
-            methods[-1] += ("," if ":" in methods[-1] else ":") + part
-        else:
-            methods.append(part)
+    """The recoveries that `text` names, in order, as in `linear:rank=64,lora:rank=8`; see `registry.split_methods`."""
+    methods = split_methods(text)
     if not methods:
         raise InputError("no recovery is named", fix=f"choose one of {', '.join(RECOVERIES)}")
     return tuple(parse_recovery(method, seed=seed) for method in methods)

@@ -124,7 +124,8 @@ def _checked(value: Any, column: str, where: str) -> str:
     return value
 
 
-def _jsonl_documents(path: Path, column: str | None) -> Iterator[str]:
+def jsonl_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a UTF-8 file that are not empty, each after its place in words."""
     offset = 0
     with _opened(path) as file:
         for number in itertools.count(1):
@@ -137,7 +138,11 @@ def _jsonl_documents(path: Path, column: str | None) -> Iterator[str]:
             text = _decoded(line, path, offset=offset)
             offset += len(line)
             if text.strip():
-                yield _document(_json_object(text, where), column, where)
+                yield where, text
+
+
+def _jsonl_documents(path: Path, column: str | None) -> Iterator[str]:
+    return (_document(_json_object(text, where), column, where) for where, text in jsonl_lines(path))
 
 
 def _parquet_documents(path: Path, column: str | None) -> Iterator[str]:

@@ -19,7 +19,7 @@ import torch
 from blockpruner.errors import InputError
 from blockpruner.texts.calibration import CalibrationRecord, fingerprint, resolve_bos
 from blockpruner.texts.examples import IGNORED, Examples
-from blockpruner.texts.files import hub_rows, read_text
+from blockpruner.texts.files import hub_rows, jsonl_lines
 from blockpruner.texts.sources import HUB_NAME, parse_slice
 
 if TYPE_CHECKING:
@@ -45,8 +45,11 @@ def read_items(source: str, *, split: str | None = None) -> tuple[str, list[Item
     name, start, stop = parse_slice(source)
     path = Path(name).expanduser()
     if path.suffix == ".jsonl":
-        lines = (line for line in read_text(path).split("\n") if line.strip())
-        records, place, label = map(_read, lines), str(path), source.replace(name, path.name)
+        records, place, label = (
+            (_read(line) for _, line in jsonl_lines(path)),
+            str(path),
+            source.replace(name, path.name),
+        )
     elif hub := HUB_NAME.fullmatch(name):
         records, place, label = hub_rows(hub[1], hub[2], split or "validation", stream=True), name, source
     else:
