@@ -71,6 +71,20 @@ def accepts(model: nn.Module, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """The option that keeps a forward pass from making a cache, where the model has it."""
+    return {"use_cache": False} if accepts(model, "use_cache") else {}
+
+
+class Enough(Exception):
+    """Leaves a forward pass once what was to be seen was seen."""
+
+
+def enough(*_: object) -> None:
+    """A hook that leaves the forward pass."""
+    raise Enough
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """While the block runs, `model` is in eval mode; then each module in its own again."""
@@ -299,10 +313,9 @@ def find_stacks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[st
         if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
     }
     elements = {f"{path}.{i}": element for path, found in lists.items() for i, element in enumerate(found)}
-    extra: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
     try:
         with torch.no_grad(), recorded(elements) as calls:
-            model(**inputs, **extra)
+            model(**inputs, **without_cache(model))
     except MISFIT as error:
         if is_out_of_memory(error):
             raise

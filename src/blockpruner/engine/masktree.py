@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockpruner.anatomy.parts import Anatomy, Layer, layer_stand_ins
-from blockpruner.anatomy.probing import Call, accepts, first_tensor, replaced, stood_in
+from blockpruner.anatomy.probing import Call, Enough, enough, first_tensor, replaced, stood_in, without_cache
 from blockpruner.artifacts import Traffic, Work
 from blockpruner.blocks import Mask
 from blockpruner.engine.spilling import Ledger, Spill
@@ -98,10 +98,6 @@ def _grouped(layers: Sequence[Layer], masks: Sequence[Mask]) -> list[list[tuple[
     ]
 
 
-class _Stop(Exception):
-    """Leaves the model's forward once its layers are done."""
-
-
 class _Recorder(StandIn):
     """Hands the stream through and remembers the call."""
 
@@ -136,7 +132,6 @@ class MaskTree:
         self.model = model
         self.layers = stack.layers
         self._filling = filling
-        self._extra = {"use_cache": False} if accepts(model, "use_cache") else {}
         self._recorders = self._layers_as(_Recorder)
         self._injectors = self._layers_as(_Injector)
 
@@ -190,10 +185,10 @@ class MaskTree:
     def _record(self, inputs: Inputs) -> list[Call]:
         """The calls of all layers for these inputs, with the embedded tokens as the stream; costs the embedding."""
         last = self._recorders[self.layers[-1].path]
-        handle = last.register_forward_hook(_stop)
+        handle = last.register_forward_hook(enough)
         try:
-            with replaced(self.model, self._recorders), contextlib.suppress(_Stop):
-                self.model(**inputs, **self._extra)
+            with replaced(self.model, self._recorders), contextlib.suppress(Enough):
+                self.model(**inputs, **without_cache(self.model))
             return [r.call for r in self._recorders.values() if isinstance(r, _Recorder) and r.call]
         finally:
             handle.remove()
@@ -211,7 +206,7 @@ class MaskTree:
         try:
             with replaced(self.model, self._injectors):
                 given = {name: value[:, positions] for name, value in inputs.items()}
-                return output_of(self.model(**given, **self._extra))
+                return output_of(self.model(**given, **without_cache(self.model)))
         finally:
             del first.state
 
@@ -219,10 +214,6 @@ class MaskTree:
 def output_of(result: Any) -> Tensor:
     """The logits of a model with a head, else its last hidden states."""
     return result.logits if getattr(result, "logits", None) is not None else result[0]
-
-
-def _stop(*_: Any) -> None:
-    raise _Stop
 
 
 def _stream(call: Call, layer: Layer) -> Tensor:

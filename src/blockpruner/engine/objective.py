@@ -7,14 +7,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockpruner.anatomy.parts import Anatomy, Stack
-from blockpruner.anatomy.probing import accepts, evaluating, first_tensor, vocabulary_size
+from blockpruner.anatomy.probing import evaluating, first_tensor, vocabulary_size, without_cache
 from blockpruner.artifacts import Traffic, Work
 from blockpruner.blocks import Mask
 from blockpruner.engine.head import Head, proved_head
@@ -78,7 +77,6 @@ class ModelObjective(BatchByBatch):
         self.batches = len(self._parts)
         self.sizes = tuple(len(part) * self.pieces for part in self._parts)
         self._planned: tuple[Sequence[Sequence[Mask]], list[Work]] = ((), [])
-        self._extra: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
         self._head: Head | None = None  # where losses come from states, without logits
         self._state_bytes = 0  # of one token, where there is a tree
         self.moved = Traffic()  # by now
@@ -252,7 +250,7 @@ class ModelObjective(BatchByBatch):
     def _pass(self, mask: Mask, part: Examples) -> Tensor:
         self.moved += Traffic(read=self._read_bytes)
         with self._without(mask):
-            return output_of(self.model(**part.inputs, **self._extra))[:, _positions(part)]
+            return output_of(self.model(**part.inputs, **without_cache(self.model)))[:, _positions(part)]
 
     def _without(self, mask: Mask) -> AbstractContextManager[None]:
         """The model as plain forward passes see it without a mask, with what stands in its gaps."""
@@ -308,7 +306,7 @@ class ModelObjective(BatchByBatch):
         states: list[Tensor | None] = []
         handle = last.register_forward_hook(lambda _module, _args, output: states.append(first_tensor(output)))
         try:
-            output = output_of(self.model(**inputs, **self._extra))
+            output = output_of(self.model(**inputs, **without_cache(self.model)))
         finally:
             handle.remove()
         if not states or states[-1] is None:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.anatomy.parts import Anatomy, Layer
-from blockpruner.anatomy.probing import Call, accepts, first_tensor, recorded, replaced, vocabulary_size
+from blockpruner.anatomy.probing import (
+    Call,
+    Enough,
+    enough,
+    first_tensor,
+    recorded,
+    replaced,
+    vocabulary_size,
+    without_cache,
+)
 from blockpruner.searching.contract import Progress
 from blockpruner.standin import stand_in_for
 from blockpruner.texts.examples import IGNORED, Examples
@@ -23,21 +32,8 @@ from blockpruner.texts.examples import IGNORED, Examples
 LOGITS_AT_ONCE = 2**23  # float32 copies of so many logits at a time: 32 MiB
 
 
-def without_cache(model: PreTrainedModel) -> dict[str, Any]:
-    """The option that keeps a forward pass from making a cache, where the model has it."""
-    return {"use_cache": False} if accepts(model, "use_cache") else {}
-
-
 class Disagreement(Exception):
     """The walk is not what the model does; says where."""
-
-
-class _Stop(Exception):
-    """Leaves the model's forward once its layers are done."""
-
-
-def _stop(*_: object) -> None:
-    raise _Stop
 
 
 class BackwardWalk:
@@ -88,9 +84,9 @@ class BackwardWalk:
 
         def after(_: nn.Module, __: object, output: Any) -> None:
             found.append(_tensor(output))
-            raise _Stop
+            raise Enough
 
-        with contextlib.ExitStack() as hooks, contextlib.suppress(_Stop):
+        with contextlib.ExitStack() as hooks, contextlib.suppress(Enough):
             for layer in self.layers:
                 hook = self.modules[layer.path].register_forward_pre_hook(
                     partial(before, layer.hidden), with_kwargs=True
@@ -154,9 +150,9 @@ class BackwardWalk:
         """What the model gives this layer beside the stream; costs the embedding of the window."""
         last = self.through[self.layers[-1].path]
         with replaced(self.model, self.through), recorded({"": self.through[layer.path]}) as calls:
-            handle = last.register_forward_hook(_stop)
+            handle = last.register_forward_hook(enough)
             try:
-                with contextlib.suppress(_Stop):
+                with contextlib.suppress(Enough):
                     self.model(**row.inputs, **without_cache(self.model))
             finally:
                 handle.remove()

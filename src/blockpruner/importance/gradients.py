@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.anatomy.parts import Anatomy
-from blockpruner.anatomy.probing import MISFIT, asking, evaluating, vocabulary_size
+from blockpruner.anatomy.probing import MISFIT, asking, evaluating, vocabulary_size, without_cache
 from blockpruner.blocks import Mask, Move, format_mask
 from blockpruner.errors import InputError, is_out_of_memory
-from blockpruner.importance.backward_walk import BackwardWalk, Disagreement, without_cache
+from blockpruner.importance.backward_walk import BackwardWalk, Disagreement
 from blockpruner.importance.block_weights import floats, holdings, staying, sums
 from blockpruner.importance.criterion import Lab
 from blockpruner.searching.contract import Progress

@@ -25,7 +25,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.anatomy.parts import Layer, Spec, layer_stand_ins
-from blockpruner.anatomy.probing import Call, accepts, evaluating, example_inputs, find_stacks, first_tensor, stood_in
+from blockpruner.anatomy.probing import (
+    Call,
+    Enough,
+    evaluating,
+    example_inputs,
+    find_stacks,
+    first_tensor,
+    stood_in,
+    without_cache,
+)
 from blockpruner.blocks import Block, Mask, Move, format_mask
 from blockpruner.errors import UnsupportedModelError
 from blockpruner.importance.criterion import Lab, run_of_blocks
@@ -133,10 +142,6 @@ def _ends(batch: Examples) -> list[int | None]:
     return [place + 2 for place in places.amax(1).tolist()]  # a target stands at the token before it
 
 
-class _Stop(Exception):
-    """Leaves the model's forward once every move has ended."""
-
-
 class _Reader:
     """Follows the stream through forward passes, and compares the states before and after a move as it ends."""
 
@@ -152,11 +157,10 @@ class _Reader:
     def units(self, batch: Examples) -> list[list[float | None]]:
         """Per move, the mean of `compare` for each unit of `batch`; None where it is not finite."""
         model = self.lab.model
-        extra = {"use_cache": False} if accepts(model, "use_cache") else {}
         inputs = batch.to(model.device).inputs
         without = skipped(model, self.lab.mask, anatomy=self.lab.anatomy)
-        with torch.no_grad(), evaluating(model), without, self._watching(batch), contextlib.suppress(_Stop):
-            model(**inputs, **extra)
+        with torch.no_grad(), evaluating(model), without, self._watching(batch), contextlib.suppress(Enough):
+            model(**inputs, **without_cache(model))
             missing = next(move for move in self.moves if move not in self.found)
             reason = f"{type(model).__name__} does not run {missing} on these examples"
             raise UnsupportedModelError(reason, fix="report the model's type and this message")
@@ -206,7 +210,7 @@ class _Reader:
             self.found[move] = self._compared(watch, self.held.pop(move), state)
         self.held |= dict.fromkeys(watch.begins.get(count, ()), state)
         if len(self.found) == len(self.moves):
-            raise _Stop
+            raise Enough
 
     def _compared(self, watch: _Watch, before: Tensor, after: Tensor) -> Tensor:
         """The mean of `compare` over the positions of each row, [rows], float64 on the CPU."""

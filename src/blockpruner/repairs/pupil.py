@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blockpruner.anatomy.parts import Anatomy, Layer
-from blockpruner.anatomy.probing import accepts, first_tensor, replaced
+from blockpruner.anatomy.probing import Enough, first_tensor, replaced, without_cache
 from blockpruner.blocks import Mask
 from blockpruner.standin import stand_in_for
 from blockpruner.surgery.gaps import UNREPAIRED, Repair, repaired
@@ -55,10 +55,6 @@ class Pupil:
             module.train(on)
 
 
-class _Stop(Exception):
-    """Leaves the model's forward once its layers are done."""
-
-
 States = dict[str, Tensor]  # the stream behind layers, by the path of the layer
 
 
@@ -74,7 +70,6 @@ class Ends:
         self.layers: tuple[Layer, ...] = (decoders or anatomy.stacks)[-1].layers
         every = [layer for stack in anatomy.stacks for layer in stack.layers]
         self.through = {layer.path: stand_in_for(model.get_submodule(layer.path), layer.through) for layer in every}
-        self.extra: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
 
     def body(self, part: Examples, also: Sequence[str] = (), until: str | None = None) -> tuple[Tensor, States]:
         """The state behind the last layer [rows, tokens, hidden], and those behind the layers at the paths `also`.
@@ -85,12 +80,12 @@ class Ends:
 
         def last(_: nn.Module, __: object, output: Any) -> None:
             found.append(_tensor(output))
-            raise _Stop
+            raise Enough
 
-        with watched(self.model, also) as states, contextlib.suppress(_Stop):
+        with watched(self.model, also) as states, contextlib.suppress(Enough):
             handle = self.model.get_submodule(until or self.layers[-1].path).register_forward_hook(last)
             try:
-                self.model(**part.inputs, **self.extra)
+                self.model(**part.inputs, **without_cache(self.model))
             finally:
                 handle.remove()
         return found[0], states
@@ -107,7 +102,7 @@ class Ends:
         handle = self.through[first.path].register_forward_pre_hook(put, with_kwargs=True)
         try:
             with replaced(self.model, self.through):
-                return self.model(**inputs, **self.extra).logits
+                return self.model(**inputs, **without_cache(self.model)).logits
         finally:
             handle.remove()
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from blockpruner.anatomy.probing import Call
+from blockpruner.anatomy.probing import Call, Enough
 from blockpruner.errors import InputError, UnsupportedModelError
 from blockpruner.repairs.closed_form import (
     WORSE,
@@ -32,7 +32,6 @@ from blockpruner.repairs.spans import Span, spans
 from blockpruner.repairs.updates import (
     Giving,
     Observed,
-    Stop,
     Taking,
     at_layer,
     flat,
@@ -171,7 +170,7 @@ class SpanAt:
             stream = dict(call.inputs())[self.gap.layer.hidden].clone()
             taking = Taking()
             attach(self.bench.model, self.gap.path, taking)
-            with contextlib.suppress(Stop):
+            with contextlib.suppress(Enough):
                 call.again(module, {self.gap.layer.hidden: stream.clone()})
             assert taking.seen is not None  # `proved` has put something there
             return taking.seen, stream

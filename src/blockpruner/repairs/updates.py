@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 from blockpruner.anatomy.parts import Anatomy, Layer, layer_stand_ins
 from blockpruner.anatomy.probing import (
     Call,
-    accepts,
+    Enough,
     evaluating,
     example_inputs,
     find_stacks,
     first_tensor,
     stood_in,
+    without_cache,
 )
 from blockpruner.blocks import Block, Mask
 from blockpruner.errors import InputError, UnsupportedModelError
@@ -43,10 +44,6 @@ class Observed:
     weights: Tensor
 
 
-class Stop(Exception):
-    """Leaves a forward pass once what was to be seen was seen."""
-
-
 @torch.no_grad()
 def at_layer(model: PreTrainedModel, path: str, batch: Examples, look: Callable[[nn.Module, Call], T]) -> T:
     """What `look` finds, given the layer at `path` and its call, in a forward pass that goes no further."""
@@ -55,13 +52,12 @@ def at_layer(model: PreTrainedModel, path: str, batch: Examples, look: Callable[
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         handle.remove()
         found.append(look(module, Call(args, kwargs, None)))
-        raise Stop
+        raise Enough
 
     handle = model.get_submodule(path).register_forward_pre_hook(before, with_kwargs=True)
-    extra = {"use_cache": False} if accepts(model, "use_cache") else {}
     try:
-        with evaluating(model), contextlib.suppress(Stop):
-            model(**batch.to(model.device).inputs, **extra)
+        with evaluating(model), contextlib.suppress(Enough):
+            model(**batch.to(model.device).inputs, **without_cache(model))
     finally:
         handle.remove()
     if not found:
@@ -185,7 +181,7 @@ class UpdatesAt:
     def _given(self, again: Callable[[], Tensor]) -> Tensor:
         """What a replacement in the gap would be given."""
         taking = Taking()
-        with stood_in(self.model, self._opening), contextlib.suppress(Stop):
+        with stood_in(self.model, self._opening), contextlib.suppress(Enough):
             attach(self.model, self.gap.path, taking)
             again()
         if taking.seen is None:
@@ -267,7 +263,7 @@ class Taking(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.seen = hidden.clone()
-        raise Stop
+        raise Enough
 
 
 class Giving(nn.Module):
