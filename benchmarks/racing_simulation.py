@@ -129,14 +129,16 @@ def raced(
     problem = Problem(NOTHING, "block", Target.parse("blocks=1"), sizes=sizes)
     before = [{mask: seen[name] for mask, name in masks.items() if name in seen} for seen in past]
     running, answer = race.run(problem, tuple(masks), before=before), None
+
+    def seen(mask: Mask, batch: int) -> Values:
+        return values[masks[mask]][batch] if mask else (0.0,) * sizes[batch]
+
     while True:
         try:
             request = next(running) if answer is None else running.send(answer)
         except StopIteration as end:
             return masks[end.value.kept[0]], {masks[mask]: found for mask, found in end.value.values.items()}
-        answer = {
-            mask: tuple(x for batch in request.batches for x in values[masks[mask]][batch]) for mask in request.masks
-        }
+        answer = {mask: tuple(x for batch in request.batches for x in seen(mask, batch)) for mask in request.masks}
 
 
 def spread(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -65,6 +65,11 @@ def test_a_file_system_without_locks_is_not_taken_for_a_busy_folder(tmp_path: Pa
         pass
 
 
+def test_a_place_where_nothing_can_be_made_is_no_bug_of_ours():
+    with pytest.raises(MachineError, match="cannot write"), new_folder(Path("/proc/made")):
+        pass
+
+
 def test_files_of_a_new_folder_can_be_read_by_all(tmp_path: Path):
     with new_folder(tmp_path / "out") as folder:
         (folder / "inner").mkdir(mode=0o700)

@@ -78,7 +78,7 @@ def test_frequent_tokens_are_the_most_frequent_that_make_up_half():
 
 def test_positions_are_the_first_eighth_the_rest_of_the_first_half_and_the_second_half():
     classes = token_classes(examples_of(list(range(16))))
-    assert marked(classes, "position") == ["first eighth"] * 2 + ["rest of first half"] * 6 + ["second half"] * 7
+    assert marked(classes, "position") == ["first eighth"] + ["rest of first half"] * 6 + ["second half"] * 8
 
 
 def test_kinds_are_told_by_the_text_of_a_token(tokenizer):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from blockpruner import recovering
 from blockpruner.anatomy.probing import evaluating
 from blockpruner.anatomy.reading import read_anatomy
+from blockpruner.artifacts import Estimate
 from blockpruner.blocks import parse_mask
 from blockpruner.errors import InputError
 from blockpruner.recoveries import RECOVERIES, parse_recovery
@@ -291,6 +292,12 @@ def test_a_repair_that_makes_the_held_out_loss_worse_comes_back_empty_unless_for
     forced, record = recover(model, anatomy, mask, method, text, force=True)
     assert forced is worse
     assert record.applied
+
+
+def test_nothing_is_won_back_where_pruning_made_nothing_worse():
+    dense, better, worse = (Estimate(value=value, stderr=0.1, n=4, unit="nats") for value in (3.0, 2.9, 3.2))
+    assert recovering._share(dense, better, worse) is None
+    assert recovering._share(dense, worse, dense) == 1
 
 
 def test_a_repair_with_a_loss_that_is_not_finite_is_left_out_even_where_none_was_before(trained, monkeypatch):

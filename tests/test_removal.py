@@ -136,6 +136,11 @@ def test_skipped_puts_everything_back_after_an_exception():
     assert modules_of(model) == modules
 
 
+def test_text_that_is_no_list_of_blocks_is_not_read_letter_by_letter():
+    with pytest.raises(InputError, match=r"'pruned/plan\.json' is text"), skipped(shared("llama"), "pruned/plan.json"):
+        pass
+
+
 def test_skipped_within_skipped_removes_both_and_restores_in_steps():
     model, anatomy = shared("llama"), anatomy_of("llama")
     dense = logits(model)

@@ -230,6 +230,7 @@ def test_lora_trains_whatever_projections_are_left_in_blocks(name, mask, project
     assert last.loss < first.loss - 0.05
     changed = [n for n, w in repair.weights.items() if not torch.equal(w, bench.model.get_parameter(n))]
     assert len(changed) == len(repair.weights) == projections
+    assert record.settings.get("no projections in") == ("mlp" if name == "causal/mixtral" else None)
 
 
 @pytest.mark.parametrize(("name", "mask"), [("masked/bert", "attention.1"), ("seq2seq/t5", "decoder.mlp.1")])

@@ -21,7 +21,7 @@ MAX_JSON_BYTES = 256 * 2**20
 _REFUSED_WRITES = frozenset(
     getattr(errno, f"E{name}")
     for name in (
-        *("ACCES", "DQUOT", "EXIST", "FBIG", "IO", "ISDIR", "MFILE"),
+        *("ACCES", "DQUOT", "EXIST", "FBIG", "IO", "ISDIR", "MFILE", "NOENT"),
         *("NAMETOOLONG", "NFILE", "NOSPC", "NOTDIR", "NOTEMPTY", "PERM", "ROFS"),
     )
 )

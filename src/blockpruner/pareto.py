@@ -177,7 +177,8 @@ def pareto_of(
         _point(subject, key, mask, losses[key], dense, costs, recoveries.get(key[0]) if mask else None, judge is None)
         for key, mask in masks.items()
     ]
-    time = "share of counted operations of a short pass" if costs is None else f"seconds, {costs.source}"
+    counted = "share of the operations of a short pass, with the head at every position"
+    time = counted if costs is None else f"seconds, {costs.source}"
     return Pareto.of(points, model=subject.identity.name, judged_by=judged_by, time=time, budget=budget)
 
 

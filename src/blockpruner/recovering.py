@@ -180,7 +180,7 @@ def _worse(pruned: Estimate | None, recovered: Estimate | None) -> str:
 
 
 def _share(dense: Estimate | None, pruned: Estimate | None, recovered: Estimate | None) -> float | None:
-    if dense is None or pruned is None or recovered is None or pruned.value == dense.value:
+    if dense is None or pruned is None or recovered is None or not pruned.value > dense.value:
         return None
     return (pruned.value - recovered.value) / (pruned.value - dense.value)
 

@@ -113,8 +113,8 @@ def compare(
     found = offered(moves, outline, removed, protected)
     if not found:
         raise InputError(
-            f"there is no {moves!r} move in this model, or every one touches a protected layer",
-            fix="use other moves, or protect fewer layers",
+            f"there is no {moves!r} move in this model, or every one touches a protected layer or what is gone already",
+            fix="use other moves, protect fewer layers, or leave out --removed",
         )
     measure = parse_objective(objective)
     data = read_data(subject, calibration, measure, seed=seed, **text)

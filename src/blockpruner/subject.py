@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.anatomy.parts import Anatomy
 from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.errors import InputError
 from blockpruner.importance.criterion import Criterion
-from blockpruner.loading.models import LoadedModel, identify
+from blockpruner.loading.models import LoadedModel, identify, stored_dtype
 from blockpruner.model_card import Written, license_of, model_card
 from blockpruner.plan import ModelIdentity, Plan
 from blockpruner.repairs.recovery import RecoveryRecord
@@ -24,7 +25,8 @@ class Subject:
     """A model taken apart and known by its fingerprint.
 
     folder: where its files are, which nothing writes into; memory: bytes of states that are held in memory where the
-    weights are streamed, None where they are not.
+    weights are streamed, None where they are not; stored: the dtype in its files, whatever it was loaded in; None where
+    it is not known, or there are no files.
     """
 
     model: PreTrainedModel
@@ -33,6 +35,7 @@ class Subject:
     identity: ModelIdentity
     folder: Path | None = None
     memory: int | None = None
+    stored: torch.dtype | None = None
 
     @property
     def dtype(self) -> str:
@@ -59,7 +62,8 @@ class Subject:
 
 def open_subject(loaded: LoadedModel, memory: int | None = None) -> Subject:
     """Prove the anatomy of a loaded model; memory: see `Subject`, for one of `streaming.load_streamed`."""
-    return replace(subject_of(loaded.model, loaded.tokenizer, loaded.name, loaded.folder), memory=memory)
+    subject = subject_of(loaded.model, loaded.tokenizer, loaded.name, loaded.folder)
+    return replace(subject, memory=memory, stored=stored_dtype(loaded.folder))
 
 
 def subject_of(
@@ -91,6 +95,7 @@ def save_subject(
     plan.check(subject.anatomy.outline, subject.identity, source)
     mask, anatomy = plan.mask(first), subject.anatomy
     taken = plan if first is None else plan.cut(first)
+    taken = taken.model_copy(update={"model": taken.model or subject.identity})  # one by hand says of no model
 
     def card(form: str, parameters: int, auto_class: str) -> str:
         layers = layer_map(anatomy, mask, repair) if spans(anatomy, mask) else None

@@ -44,7 +44,7 @@ def token_classes(examples: Examples, tokenizer: PreTrainedTokenizerBase | None 
     labels = {
         "frequency": _frequency(targets, asked),
         "occurrence": _occurrence(examples),
-        "position": _position(asked),
+        "position": _position(asked, 1 if examples.question == "next token" else 0),
     }
     if tokenizer is not None:
         labels["kind"] = _labelled(targets, asked, _kinds(tokenizer))
@@ -137,11 +137,12 @@ def _met(targets: list[int], read: list[int], known: list[int]) -> list[str]:
     return found
 
 
-def _position(asked: Tensor) -> _Labels:
+def _position(asked: Tensor, ahead: int) -> _Labels:
+    """By the place of the predicted token in its window, so many places behind the one that predicts it."""
     width = asked.shape[1]
     names = [
         "first eighth" if 8 * p < width else "rest of first half" if 2 * p < width else "second half"
-        for p in range(width)
+        for p in range(ahead, ahead + width)
     ]
     return [[name if one else "" for name, one in zip(names, row, strict=True)] for row in asked.tolist()]
 

@@ -15,7 +15,8 @@ class Lora(Trained):
     """W + alpha/rank B A for the projections W of the blocks that are left; A, B trained, merged into W at the end.
 
     targets: `all` linear projections in blocks, or some, joined by +: `attention`, `mlp` and other kinds of blocks, or
-    names of projections (`q_proj+v_proj`). dropout: of what goes into A; the model's own stays off. loss: `lm`, or `kl`
+    names of projections (`q_proj+v_proj`); experts that are stacked in one tensor are none, and the record names the
+    kinds of blocks that have none. dropout: of what goes into A; the model's own stays off. loss: `lm`, or `kl`
     from the dense model's predictions, at `temperature`. Dense model and pruned one are the same weights, with LoRA
     off and the blocks put back, so there is no second copy. Merging adds no parameters.
 

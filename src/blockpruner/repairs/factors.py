@@ -1,6 +1,6 @@
 """LoRA on what is left of a pruned model: two factors beside each projection, trained and merged into it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -44,7 +44,8 @@ def train_lora(
         trace = trained(bench, options, pupil, numbers, Predictions(pupil, loss, temperature))
         merged = {} if not trace.best(bench.force) else _merged(bench, wrapped)
     place = f"LoRA on {len(merged) if merged else len(found)} projections"
-    record = record_of(bench, place, {"loss": loss, **shape, **told(options, trace, bench.force)}, trace)
+    beyond = {"no projections in": ", ".join(kinds)} if (kinds := _beyond(bench.anatomy, bench.mask, found)) else {}
+    record = record_of(bench, place, {"loss": loss, **shape, **beyond, **told(options, trace, bench.force)}, trace)
     if not merged:
         return bench.start, (record,)
     return replace(bench.start, weights={**bench.start.weights, **merged}, made_up=bench.mask), (record,)
@@ -73,6 +74,17 @@ def lora_targets(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, targets: 
             fix=f"choose all, or some of {', '.join(sorted(names)) or 'none'}, joined by +",
         )
     return found
+
+
+def _beyond(anatomy: Anatomy, mask: Mask, found: Iterable[str]) -> list[str]:
+    """The kinds of blocks that are left in which LoRA has nothing to train, as where experts are stacked tensors."""
+    paths = tuple(found)
+    reached = {
+        block.kind
+        for block, part in anatomy.parts.items()
+        if any(name == path or name.startswith(f"{path}.") for path in (*part.modules, *part.idle) for name in paths)
+    }
+    return sorted({block.kind for block in anatomy.parts if block not in mask} - reached)
 
 
 def _linear(model: nn.Module, paths: list[str]) -> dict[str, Any]:

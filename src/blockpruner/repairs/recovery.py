@@ -91,8 +91,9 @@ class RecoveryRecord(Artifact):
     method: as on the command line; examples, held_out: fingerprints; tokens: that were fitted on, and held out; dense,
     pruned, recovered: losses on the held-out examples, None where the model has none or it is not finite; choices were
     made by that same text, so what is reported of a recovery is to be measured on yet other text;
-    recovered_share: of the increase of the loss that is won back, 0 to 1; applied: whether anything of the repair is
-    used; reason: why not. Version 1 was of one method.
+    recovered_share: of the increase of the loss, what is won back (1: all of it, below 0: it is worse still), None
+    where pruning made nothing worse; applied: whether anything of the repair is used; reason: why not. Version 1 was of
+    one method.
     """
 
     FORMAT: ClassVar[str] = "blockpruner.recovery"

@@ -37,8 +37,9 @@ class Evolution:
     race: offspring and parent race (see `racing`) instead of these two looks; the parent then gives way to an offspring
     that is worse by epsilon at the most.
 
-    EvoPress is `equal=True` with the KL objective; micro-batches are of about 512 tokens. Ours: free counts, other
-    moves, params targets, the evaluation at the end, and that the second look avoids the data of the first if it can.
+    EvoPress is `equal=True` with the KL objective; micro-batches are of about 512 tokens, or one window where that is
+    longer. Ours: free counts, other moves, params targets, the evaluation at the end, and that the second look avoids
+    the data of the first if it can.
     """
 
     seed: int = 0
@@ -54,6 +55,7 @@ class Evolution:
     source: ClassVar[str] = "Sieberling et al. 2024, arXiv 2410.14649"
     nested: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if min(self.offspring, self.initial, self.first) < 1 or min(self.generations, self.second) < 0:

@@ -100,14 +100,15 @@ class Evaluations:
     def _sweep(self, asked: Mapping[int, Sequence[Mask]], message: str) -> None:
         if not asked:
             return
-        self._report(message, first=True)
+        ahead = self._done + sum(map(len, asked.values()))  # what was expected may be less
+        self._report(message, ahead, first=True)
         for batch, mask, found in self.objective.losses(asked):
             values = tuple(map(float, found))
             if self._journal is not None:
                 self._journal.append([_record(mask, batch, values)])
             self._memo[mask, batch] = values
             self._done += 1
-            self._report(message)
+            self._report(message, ahead)
 
     def _held(self, mask: Mask, batches: Sequence[int]) -> Values:
         return tuple(value for batch in batches for value in self._memo[mask, batch])
@@ -117,9 +118,9 @@ class Evaluations:
         each = self.objective.pieces
         return values if each == 1 else tuple(fmean(values[at : at + each]) for at in range(0, len(values), each))
 
-    def _report(self, message: str, *, first: bool = False) -> None:
+    def _report(self, message: str, ahead: int, *, first: bool = False) -> None:
         if self._progress is not None and not (first and self._announced):
-            self._progress(self._done, max(self._done, self.total), message)
+            self._progress(self._done, max(ahead, self.total), message)
             self._announced = True
 
 

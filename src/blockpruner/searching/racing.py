@@ -14,7 +14,7 @@ from typing import Any
 
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Mask
-from blockpruner.searching.contract import Pieces, Problem, Values
+from blockpruner.searching.contract import DENSE, Pieces, Problem, Values
 from blockpruner.searching.permutations import shuffled
 
 FEWEST, BATCHES = 8, 2  # pieces and micro-batches that are seen before anything leaves
@@ -100,7 +100,7 @@ class Outcome:
 
     kept: the masks that won, best first; ties: those that were not shown to be worse than all of them, only not to be
     better by more than epsilon; values: of every mask, on the pieces it was seen on, in one order; estimates: of
-    the mean over all pieces, None where a value is not finite.
+    the mean over all pieces, that of the whole model and the difference to it, None where a value is not finite.
     """
 
     kept: tuple[Mask, ...]
@@ -133,9 +133,11 @@ class Race:
         """Yield `Pieces`, to be sent values, and return what came of it.
 
         before: what the same moves led to at earlier steps, the last step first, by the masks of now.
-        Cost: all masks on FEWEST pieces or a few more, and ever fewer masks on a quarter as many again each time.
+        Cost: all masks on FEWEST pieces or a few more, and ever fewer masks on a quarter as many again each time; the
+        whole model on all, which every search has seen.
         """
         order = shuffled(problem.batches, self.seed, "race")
+        whole = (yield Pieces((DENSE,), order))[DENSE]
         stops, total = _rounds([problem.sizes[batch] for batch in order]), sum(problem.sizes)
         each = self.delta / max(1, keep * (len(masks) - keep)) / 2
         held: dict[Mask, Values] = dict.fromkeys(masks, ())
@@ -153,8 +155,8 @@ class Race:
                 break
         kept = running[:keep]
         ties = running[keep:] if kept and len(held[kept[0]]) < total else ()
-        last = kept[-1] if kept else None
-        estimates = {mask: _estimate(mask, last, held, problem, before) for mask in masks}
+        base = _over(kept[-1], whole, held, problem, before) if kept else None
+        estimates = {mask: base and _estimate(mask, kept[-1], base, held, total, before) for mask in masks}
         return Outcome(kept, ties, held, estimates)
 
 
@@ -185,13 +187,27 @@ def _apart(
     return difference(finite, total, alpha)
 
 
+def _over(mask: Mask, whole: Values, held: Mapping[Mask, Values], problem: Problem, before: Earlier) -> Estimate:
+    """The mean of `mask` over all pieces: that of the whole model, and the difference to it.
+
+    The mean over what `mask` was seen on would say as much about which pieces these are.
+    """
+    pairs = [(step[mask], whole) for step in (held, *before) if all(map(math.isfinite, step.get(mask, (math.nan,))))]
+    found, all_of_it = difference(pairs, len(whole)), Estimate.of(whole, problem.unit)
+    return _sum(all_of_it, found, len(held[mask]))
+
+
 def _estimate(
-    mask: Mask, last: Mask | None, held: Mapping[Mask, Values], problem: Problem, before: Earlier
+    mask: Mask, last: Mask, base: Estimate, held: Mapping[Mask, Values], total: int, before: Earlier
 ) -> Estimate | None:
-    """The mean of `mask` over all pieces: that of `last` on what it was seen on, and the difference to it."""
-    if last is None or not all(map(math.isfinite, held[mask])):
+    """The mean of `mask` over all pieces: that of `last`, and the difference to it."""
+    if mask == last:
+        return base
+    if not all(map(math.isfinite, held[mask])):
         return None
-    found = _apart(mask, last, held, sum(problem.sizes), before)
-    mine = Estimate.of(held[last], problem.unit)
-    both = None if mine.stderr is None else math.hypot(mine.stderr, found.stderr)
-    return Estimate(value=mine.value + found.value, stderr=both, n=len(held[mask]), unit=problem.unit)
+    return _sum(base, _apart(mask, last, held, total, before), len(held[mask]))
+
+
+def _sum(one: Estimate, more: Difference, pieces: int) -> Estimate:
+    stderr = None if one.stderr is None else math.hypot(one.stderr, more.stderr)
+    return Estimate(value=one.value + more.value, stderr=stderr, n=pieces, unit=one.unit, reason=one.reason)

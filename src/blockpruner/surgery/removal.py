@@ -21,6 +21,8 @@ def _blocks(model: PreTrainedModel, anatomy: Anatomy, blocks: Plan | Iterable[Bl
     if isinstance(blocks, Plan):
         blocks.check(anatomy.outline, identify(model, str(model.name_or_path)), "the plan")
         return sorted(blocks.mask(), key=lambda block: block.order)
+    if isinstance(blocks, str):
+        raise InputError(f"{blocks!r} is text", fix='give a list, as in ["attention.3"], or Plan.read of a file')
     found = [block if isinstance(block, Block) else Block.parse(block) for block in blocks]
     if len(set(found)) != len(found):
         raise InputError("a block is named twice", fix="name every block to remove once")
