@@ -16,6 +16,9 @@ OLDEST := .oldest/.installed
 # Nothing below needs a model hub, and nothing may wait for one.
 demo test oldest bench sweep: export HF_HUB_OFFLINE = 1
 
+# Tests run one per core, and tiny models compute no faster with more threads.
+test oldest: export OMP_NUM_THREADS = 1
+
 help: ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
@@ -23,10 +26,10 @@ demo: $(INSTALLED) ## prune a real small model end to end, into runs/demo
 	@$(VENV)/bin/blockpruner demo --run runs/demo
 
 test: $(INSTALLED) ## run the tests; more options for pytest in PYTEST_ARGS
-	@$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 oldest: $(OLDEST) ## run forty architectures with the oldest transformers supported
-	@PYTHONPATH=$(dir $(OLDEST)) $(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) tests/test_versions.py
+	@PYTHONPATH=$(dir $(OLDEST)) $(VENV)/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 $(PYTEST_ARGS) tests/test_versions.py
 
 check: $(INSTALLED) ## formatting, lint and types
 	@$(VENV)/bin/ruff format --check

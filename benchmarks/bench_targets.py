@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -105,6 +106,7 @@ def held(subject: Subject, mask: Mask, batch: int, tokens: int) -> dict[str, Any
 def memory_target(demo: Subject) -> dict[str, Any]:
     """A plan for nine tenths of the memory at 128 tokens x 2, and what the model without its blocks really holds."""
     context, batch = 128, 2
+    demo = replace(demo, stored=None)  # counted in the dtype in memory, since that is measured
     dense = read_ledger(demo.model, demo.anatomy).footprint().total(context, batch)
     target = Memory(dense * 9 // 10, context, batch)
     task = prepare(demo, target=str(target), **SEARCH)

@@ -66,7 +66,7 @@ def main() -> None:
     for name in wanted:
         print(f"--- {name}", flush=True)
         folder = options.runs / "".join(letter if letter.isalnum() else "-" for letter in name)
-        plans[name] = find_plan(prepared(tasks[name], subject), folder, Progress())
+        plans[name] = find_plan(prepared(tasks[name], subject, folder), folder, Progress())
     figures = {
         "command": 'python benchmarks/recipes.py --data "$BLOCKPRUNER_DATA" --json experiments/recipes.json',
         "commit": commit(),
@@ -85,8 +85,8 @@ def scaled(recipe: Recipe, data: Path) -> Recipe:
     size = {} if items else {"tokens": WINDOWS * WINDOW, "window": WINDOW}
     target = f"layers={BLOCKS // 2}" if recipe.moves == "layer" else f"blocks={BLOCKS}"
     search = recipe.search
-    if search.startswith("evolution"):
-        search += ",offspring=8,initial=16,generations=20"
+    if search.startswith("evolution"):  # whose looks are of as many tokens as the paper's in windows of this length
+        search = f"evolution:equal=true,first={2048 // WINDOW},second=64,offspring=8,initial=16,generations=20"
     return recipe.changed(calibration=source, evaluation=f"{data / C4}[200:300]", target=target, search=search, **size)
 
 
@@ -103,11 +103,12 @@ def compared(
 ) -> dict[str, Any]:
     """Held-back losses of all plans, and of what they are compared with, in one sweep with a journal of its own."""
     data: Path = options.data
-    first = prepared(scaled(Recipe.read("blockpruner"), data), subject)
-    layers = prepared(scaled(Recipe.read("sleb"), data), subject)
+    first = prepared(scaled(Recipe.read("blockpruner"), data), subject, options.runs)
+    layers = prepared(scaled(Recipe.read("sleb"), data), subject, options.runs)
+    some = next(iter(plans.values()))
     masks: dict[str, Mask] = {"dense": frozenset()}
-    masks |= {f"{name}, blocks": mask for name, mask in at_random(first).items()}
-    masks |= {f"{name}, layers": mask for name, mask in at_random(layers).items()}
+    masks |= {f"{name}, blocks": mask for name, mask in at_random(first, some).items()}
+    masks |= {f"{name}, layers": mask for name, mask in at_random(layers, some).items()}
     masks |= {name: plan.mask() for name, plan in plans.items()}
     measure = first.objective.measure
     held_out = read_data(subject, f"{data / C4}[200:300]", measure, tokens=4096, window=512)

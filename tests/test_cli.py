@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from blockpruner import cli, demo, exits, planning, recipe
+from blockpruner import cli, command, demo, exits, planning, recipe
 from blockpruner.artifacts import run_folder, write_json
 from blockpruner.commands import finding, telling
 from blockpruner.console import say
@@ -40,8 +40,8 @@ def subject(checkpoint):
 @pytest.fixture
 def opened(monkeypatch, subject, checkpoint):
     """Spares the loading, of which the tests of `models` and `anatomy` have more to say."""
-    for verbs in cli.VERBS:
-        monkeypatch.setattr(verbs, "opened", lambda *_: say("loading") or subject)
+    for verbs in (command, *cli.VERBS):
+        monkeypatch.setattr(verbs, "opened", lambda *_: say("loading") or subject, raising=False)
 
 
 @pytest.fixture

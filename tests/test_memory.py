@@ -1,5 +1,7 @@
 """Bytes that are counted are the bytes that a real cache and a really pruned model hold."""
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -60,6 +62,23 @@ def test_a_pruned_model_holds_the_weights_and_the_cache_that_were_foreseen(opene
     again = read_ledger(pruned, read_anatomy(pruned)).footprint()
     assert weights_bytes(pruned) == again.weights == ledger.footprint(mask).weights
     assert again.cache(24, 3) == ledger.footprint(mask).cache(24, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2-moe", "causal/jamba", "seq2seq/t5", "masked/bert"])
+def test_in_another_dtype_it_is_what_the_model_holds_when_its_files_are_of_that(name, dtype, tmp_path):
+    model = build(name)
+    ledger = read_ledger(model, anatomy := read_anatomy(model), dtype)
+    mask = some_masks(anatomy)[2]
+    build(name).to(dtype).save_pretrained(tmp_path)
+    again: Any = type(model).from_pretrained(tmp_path, dtype="auto", local_files_only=True)
+    half = read_ledger(again, anatomy)
+    for removed in (frozenset(), mask):
+        assert ledger.footprint(removed).weights == pytest.approx(half.footprint(removed).weights, abs=2)  # a buffer
+        assert ledger.footprint(removed).cache(24, 3) == half.footprint(removed).cache(24, 3)
+    back = read_ledger(again, anatomy, torch.float32).footprint(mask)
+    assert back.weights == pytest.approx(read_ledger(model, anatomy).footprint(mask).weights, abs=2)
+    assert back.cache(24, 3) == read_ledger(model, anatomy).footprint(mask).cache(24, 3)
 
 
 def test_costs_of_blocks_add_up_to_the_footprint(opened):

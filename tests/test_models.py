@@ -1,6 +1,7 @@
 """Names lead to the right folder, loading says what it loads, and a fingerprint tells models apart."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import (
 
 from blockpruner.errors import InputError, MachineError, UnsupportedModelError
 from blockpruner.loading import ggufs, models
-from blockpruner.loading.models import fingerprint, load, load_tokenizer, resolve
+from blockpruner.loading.models import fingerprint, load, load_tokenizer, resolve, stored_dtype
 from blockpruner.loading.strict import quietly
 
 torch.set_num_threads(2)
@@ -315,3 +316,16 @@ def test_the_demo_model_loads_and_speaks_english():
     text = torch.tensor([tokenizer.encode("One, two, three, four,")])
     after = model(input_ids=text).logits[0, -1].argmax().item()
     assert tokenizer.encode(" five", add_special_tokens=False) == [after]
+
+
+def test_the_dtype_of_the_files_is_known_without_loading_them(tmp_path):
+    folder = save(tiny().bfloat16(), tmp_path / "half")
+    assert stored_dtype(folder) == torch.bfloat16
+    config = json.loads((folder / "config.json").read_text())
+    named = config.pop("dtype")
+    for changed, found in (({"torch_dtype": named}, torch.bfloat16), ({}, torch.bfloat16), ({"dtype": "int8"}, None)):
+        (folder / "config.json").write_text(json.dumps(config | changed))
+        assert stored_dtype(folder) == found
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()
+    assert stored_dtype(folder) is None

@@ -12,12 +12,16 @@ import torch
 
 from blockpruner.blocks import Block
 from blockpruner.errors import InputError, RunFolderError
+from blockpruner.evaluation.costing import bound
 from blockpruner.evaluation.quality import load_text
 from blockpruner.loading.models import load
 from blockpruner.plan import Plan
 from blockpruner.planning import find_plan, prepare
 from blockpruner.price import quote
+from blockpruner.searches import SEARCHES
 from blockpruner.searching.contract import Stop
+from blockpruner.searching.costs import parse_card
+from blockpruner.searching.targets import Goals, parse_target
 from blockpruner.subject import open_subject, subject_of
 
 SEARCH = {"target": "blocks=3", "tokens": 96, "window": 16}
@@ -113,6 +117,62 @@ def test_elsewhere_the_price_is_near_what_is_paid(task):
     assert price.evaluations == plan.evaluations
     for kind, paid in plan.work.model_dump().items():
         assert getattr(price.work, kind) == pytest.approx(paid, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "instead"),
+    [
+        (
+            {"criterion": "fisher"},
+            "--search greedy makes no use of --criterion",
+            "one-shot, iterative, span or knapsack",
+        ),
+        (
+            {"search": "beam:width=2", "criterion": "cosine"},
+            "--search beam:width=2 makes no use of --criterion",
+            "span",
+        ),
+        ({"device_spec": "a100"}, "blocks=3 makes no use of --device-spec", "speed=1.3x:decode"),
+        ({"target": "blocks=1,loss=+0.1", "device_spec": "a100"}, "makes no use of --device-spec", "speed="),
+    ],
+)
+def test_an_option_that_would_make_no_difference_is_refused_with_what_would_use_it(task, options, said, instead):
+    with pytest.raises(InputError) as error:
+        task(**options)
+    assert said in error.value.what
+    assert instead in error.value.fix
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_starts_from_an_earlier_plan_or_refuses_one(task, name):
+    start = find_plan(task(target="blocks=2", search="random"))
+    few = ":initial=2,offspring=2,generations=1" if name == "evolution" else ""
+    options = {"search": name + few, "start": start, "target": "blocks=2", "moves": "block"}
+    if not SEARCHES[name].starts:
+        with pytest.raises(InputError, match="makes no use of --from") as error:
+            task(**options)
+        assert "one-shot, iterative or swap" in error.value.fix
+        return
+    if name == "swap":  # which goes on from it
+        options["search"] = "swap:gain=99"
+    assert set(names(find_plan(task(**options)))) == set(names(start))
+
+
+@pytest.mark.parametrize("target", ["memory=120KiB,context=32", "blocks=3,memory=150KiB,context=32", "speed=1.2x"])
+def test_memory_is_that_of_the_dtype_in_the_files_whatever_the_model_is_loaded_in(
+    target, subject, checkpoint, prose, tmp_path
+):
+    copy.deepcopy(subject.model).bfloat16().save_pretrained(tmp_path / "half")
+    subject.tokenizer.save_pretrained(tmp_path / "half")
+    found = []
+    for dtype in ("float32", "stored"):
+        loaded = open_subject(load(str(tmp_path / "half"), dtype=dtype, device="cpu"))
+        assert loaded.stored == torch.bfloat16
+        goal = bound(parse_target(target), loaded, card=parse_card("a100"))
+        assert isinstance(goal, Goals)
+        found.append(goal.costs)
+    assert found[0] == found[1]
+    assert all("bfloat16, as in the files" in one.source for one in found[0].values() if one.unit == "bytes")
 
 
 def test_without_a_run_folder_nothing_is_written_and_with_one_a_journal_and_the_plan(task, tmp_path, monkeypatch):

@@ -234,12 +234,17 @@ def test_the_first_layer_may_begin_a_span_and_n_layers_are_scored_as_n():
 
 
 @pytest.mark.parametrize(
-    ("moves", "target", "layers"), [("block", "blocks=3", 2), ("block", "blocks=4", 2), ("stock", "params=-26%", 3)]
+    ("moves", "target", "layers"), [("block", "blocks=2", 1), ("block", "blocks=4", 2), ("stock", "params=-26%", 3)]
 )
 def test_for_blocks_and_parameters_the_span_is_the_shortest_that_reaches_them(moves, target, layers):
     result = run(Span(), toy_problem(4, moves, target), Toy(tangled), scorer=by_name())
     assert len(result.steps) == layers
     assert result.stop_reason is Stop.TARGET
+
+
+def test_a_number_of_blocks_that_no_span_has_is_refused():
+    with pytest.raises(InputError, match="blocks=3 cannot be met exactly by a span"):
+        price(Span(), toy_problem(4, "block", "blocks=3"))
 
 
 def test_a_span_lies_in_one_stack():

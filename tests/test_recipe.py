@@ -16,6 +16,7 @@ from blockpruner.loading.models import load
 from blockpruner.objectives import parse_objective
 from blockpruner.outcome import Outcome
 from blockpruner.plan import Plan
+from blockpruner.price import quote
 from blockpruner.recipe import Recipe
 from blockpruner.searches import parse_search
 from blockpruner.searching.moves import Target
@@ -63,6 +64,12 @@ def scaled(name, prose, items):
     return changed.model_copy(update={"evaluation": changed.evaluation.model_copy(update={"tokens": 64, "window": 16})})
 
 
+def run(chosen, subject, folder, **options):
+    """What the command does."""
+    task = pipeline.prepared(chosen, subject, folder)
+    return pipeline.run(chosen, task, quote(task), folder, **options)
+
+
 def test_the_recipes_are_those_that_are_promised():
     assert sorted(EXPECTED.split()) == NAMES
 
@@ -73,7 +80,7 @@ def test_a_recipe_says_what_it_repeats_and_uses_words_that_there_are(name):
     assert "arXiv" in found.paper
     assert found.differences
     parse_search(found.search)
-    parse_criterion(found.criterion)
+    parse_criterion(found.criterion or "cosine")
     parse_objective(found.objective)
     Target.parse(found.target)
 
@@ -83,7 +90,7 @@ def test_a_recipe_runs_from_a_model_to_a_smaller_one(name, subject, checkpoint, 
     chosen, save = scaled(name, prose, items), name in ("blockpruner", "sleb", "replaceable")
     if save:  # which may take the blocks out of the model for good
         subject = open_subject(load(str(checkpoint), dtype="float32", device="cpu"))
-    outcome, plan, saved = pipeline.run(chosen, subject, tmp_path / "run", save=save)
+    outcome, plan, saved = run(chosen, subject, tmp_path / "run", save=save)
     assert Outcome.load(tmp_path / "run" / "outcome.json") == outcome
     assert Recipe.load(tmp_path / "run" / "recipe.json") == chosen
     assert Plan.load(tmp_path / "run" / "plan.json") == plan
@@ -103,11 +110,13 @@ def test_run_again_a_recipe_ends_in_the_same_files(subject, prose, items, tmp_pa
     chosen = scaled("blockpruner", prose, items)
     files = []
     for _ in range(2):
-        pipeline.run(chosen, subject, tmp_path / "run", save=False)
-        files.append({path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.json*")})
+        run(chosen, subject, tmp_path / "run", save=False)
+        found = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.json*")}
+        assert found.pop("price.json")  # which has the seconds that were spent
+        files.append(found)
     assert files[0].keys() == {"recipe.json", "journal.jsonl", "plan.json", "outcome.json"}
     assert files[0] == files[1]
-    pipeline.run(Recipe.load(tmp_path / "run" / "recipe.json"), subject, tmp_path / "other", save=False)
+    run(Recipe.load(tmp_path / "run" / "recipe.json"), subject, tmp_path / "other", save=False)
     assert (tmp_path / "other" / "outcome.json").read_bytes() == files[0]["outcome.json"]
 
 
@@ -140,7 +149,10 @@ def test_settings_given_by_hand_take_the_place_of_the_papers():
     assert changed.calibration.source == "mine.txt"
     assert (changed.calibration.split, changed.calibration.options()["tokens"]) == (None, None)
     assert found.changed() == found
-    assert tomllib.loads((recipe.SHELF / "evopress.toml").read_text())["search"] == "evolution:equal=true"
+    assert (
+        tomllib.loads((recipe.SHELF / "evopress.toml").read_text())["search"]
+        == "evolution:equal=true,first=1,second=16"
+    )
 
 
 ENCODERS = ["masked/bert", "masked/roberta", "seq2seq/t5", "seq2seq/bart"]

@@ -147,7 +147,7 @@ def test_the_model_can_be_named_where_the_plan_does_not_know_it(recover, plan):
         "elsewhere.json is for 'no/such/folder': there is no model",
         "--dense",
     )
-    refused(recover(dense=None, pruned="nameless.json"), 2, "does not say for which model it is", "--dense")
+    refused(recover(dense=None, pruned="nameless.json"), 2, "does not say which model it is for", "--dense")
 
 
 def test_as_json_the_result_is_what_was_saved_and_the_record(recover):
@@ -197,6 +197,11 @@ def test_a_chain_with_training_says_its_price_and_goes_on_where_it_was_killed(re
     other = recover("--run", "runs/mine", method=TRAINED.replace("0.003", "0.004"), out="other")
     assert other.code == 5
     assert "is of another training" in other.err
+
+
+def test_who_recovers_again_is_told_that_it_begins_anew(recover, better):
+    done = recover("--dry-run", pruned=better[0].folder, out="again")
+    assert (done.code, "begins anew" in done.err) == (0, True), done.err
 
 
 def test_a_dry_run_says_the_price_and_stops(recover):

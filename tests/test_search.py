@@ -288,6 +288,7 @@ class Twice:
     source: ClassVar[str] = "these tests"
     nested: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -395,12 +396,19 @@ def test_the_dense_model_is_evaluated_first():
     assert (result.dense.value, result.dense.n) == (pytest.approx(NOISE_MEAN), 5)
 
 
+def test_ctrl_c_is_passed_on_where_there_is_nothing_to_keep():
+    toy = Interrupted(tangled, after=Toy.batches + 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(Exhaustive(), toy_problem(2, "block", "blocks=1"), toy, keep=False)
+
+
 def test_every_mask_is_paid_for_once_and_work_is_counted_per_sweep():
     class Repeats:
         title: ClassVar[str] = "Asks for what it knows"
         source: ClassVar[str] = "this test"
         nested: ClassVar[bool] = True
         ranks: ClassVar[bool] = False
+        starts: ClassVar[bool] = False
 
         def propose(self, problem: Problem) -> Proposals:
             first, second, *_ = problem.moves(DENSE)

@@ -172,6 +172,103 @@ def test_every_search_goes_on_until_the_target_holds(name, text):
     assert problem.reached(mask, len(result.steps))
 
 
+@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    ("text", "moves"),
+    [
+        ("blocks=3,memory=131B", "block"),  # of 200: two mlps at least
+        ("blocks=4,memory=121B,speed=1.4x", "block"),
+        ("blocks=2,params=-15%", "mlp"),
+        ("layers=2,memory=121B", "stock"),
+        ("blocks=4,layers=2,memory=121B", "layer"),
+    ],
+)
+def test_a_number_beside_other_targets_is_met_exactly_by_every_search(name, text, moves):
+    problem = problem_of(text, moves=moves)
+    few = {"evolution": {"offspring": 4, "initial": 4, "generations": 3}}
+
+    def scorer(evaluations: Evaluations):
+        return lambda mask, moves: {m: Estimate(value=len(str(m)), stderr=None, n=1, unit="x") for m in moves}
+
+    if name == "span" and (moves == "mlp" or "blocks=3" in text):  # whole layers of two blocks
+        with pytest.raises(InputError, match="span"):
+            follow(SEARCHES[name](), problem, scorer=scorer)
+        return
+    result = follow(SEARCHES[name](**few.get(name, {})), problem, scorer=scorer)
+    mask = gone(step.move for step in result.steps)
+    assert problem.reached(mask, len(result.steps))
+    assert not problem.target.exceeded(problem.outline, mask, len(result.steps))
+    assert len(mask) == {"blocks=3": 3, "blocks=2": 2}.get(text.split(",")[0], 4)
+
+
+@pytest.mark.parametrize("moves", ["block", "layer"])
+@settings(deadline=None)
+@given(
+    costs=st.lists(st.integers(1, 9), min_size=6, max_size=6),
+    shared=st.sampled_from([0.0, 2.0]),
+    most=st.integers(0, 40),
+    number=st.integers(1, 3),
+)
+def test_a_move_is_on_offer_if_and_only_if_some_set_of_the_number_has_it_and_meets_the_rest(
+    moves, costs, shared, most, number
+):
+    outline = toy_outline(3)
+    layers = {key: shared for key in outline.layers() if moves == "layer"}
+    each = dict(zip(outline.blocks, map(float, costs), strict=True))
+    found = parse_target(f"{moves}s={number},memory={most + 1}B")
+    assert isinstance(found, Goals)
+    whole = Costs(sum(each.values()) + sum(layers.values()), each, layers, "bytes", "a toy")
+    target = found.bound({found.limits[0].workload: whole})
+    first = Problem(outline, moves, Target.parse(f"{moves}s=1")).moves(DENSE)
+    meeting = [
+        taken
+        for taken in itertools.combinations(first, number)
+        if target.reached(outline, gone(taken), number) and not target.reached(outline, DENSE, 0)
+    ]
+    if not meeting:
+        with pytest.raises(InputError):
+            Problem(outline, moves, target)
+        return
+    problem = Problem(outline, moves, target)
+    for size in range(number):
+        for before in itertools.combinations(first, size):
+            left = {m for taken in meeting if set(before) < set(taken) for m in taken} - set(before)
+            assert set(problem.moves(gone(before))) == left
+    assert all(problem.moves(gone(taken)) == () for taken in meeting)
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("blocks=3,memory=90B", "memory=110B"),
+        ("blocks=2,params=-40%", "params=-18.7%"),
+        ("blocks=1,speed=1.5x,memory=100B", "memory=170B"),
+    ],
+)
+def test_a_number_that_cannot_meet_the_rest_is_refused_before_the_search_with_the_nearest(text, nearest):
+    with pytest.raises(InputError) as error:
+        problem_of(text)
+    number = text.split(",")[0]
+    assert f"with {number} the nearest is" in error.value.what
+    assert nearest in error.value.what
+    problem_of(f"{number},{nearest}")
+
+
+def test_blocks_and_layers_that_are_not_the_same_number_of_moves_are_refused():
+    with pytest.raises(InputError, match="not as many moves"):
+        problem_of("blocks=2,layers=2", moves="layer")
+
+
+@pytest.mark.parametrize("text", ["memory=200B", "memory=12GiB,context=8192,loss=+0.1"])
+def test_what_the_whole_model_meets_is_refused_with_what_it_has(text):
+    with pytest.raises(InputError) as error:
+        problem_of(text)
+    assert "the whole model meets" in error.value.what
+    assert "it has memory=200B" in error.value.what
+    problem_of("memory=199B")
+    problem_of("blocks=1,memory=200B")
+
+
 def test_a_nested_search_overshoots_by_less_than_its_last_block():
     problem = problem_of("memory=141B")
     steps = follow(Exhaustive(), problem).steps
@@ -284,6 +381,18 @@ def test_a_memory_target_is_met_on_the_command_line(run, words):
     plan = json.loads(found.out)
     assert plan["method"]["target"] == "memory=180KiB,context=32,batch=2"
     assert plan["steps"]
+
+
+def test_a_target_that_the_whole_model_meets_ends_with_2_and_what_it_has(run, words):
+    found = run(*words, "knapsack", "--target", "memory=12GiB,context=32")
+    assert (found.code, "the whole model meets" in found.err) == (2, True)
+
+
+def test_the_dtype_that_is_counted_is_said_with_the_price(run, words):
+    found = run(*words, "one-shot", "--target", "memory=180KiB,context=32", "--dry-run")
+    assert (
+        "memory=180KiB,context=32,batch=1 (costs: counted: weights and what each block caches, in float32" in found.err
+    )
 
 
 def test_an_impossible_target_ends_with_2_and_the_nearest(run, words):

@@ -12,13 +12,13 @@ from blockpruner.searching.moves import GRANULARITIES, span
 
 Rows = list[dict[str, str]]
 TARGETS = {
-    "blocks=6": "that many blocks",
-    "layers=3": "that many moves of whole layers",
+    "blocks=6": "that many blocks, no more and no less",
+    "layers=3": "that many moves of whole layers, no more and no less",
     "params=-25%": "that share of all parameters, or more",
-    "memory=16GiB,context=32768,batch=8": "weights and the cache of so many tokens of so many sequences fit into that; "
-    "reserve=1GiB keeps some for activations",
+    "memory=16GiB,context=32768,batch=8": "weights and the cache of so many tokens of so many sequences fit into that, "
+    "in the dtype of the model's files; reserve=1GiB keeps some for activations",
     "speed=1.3x:decode,batch=1,context=512": "so many times as fast, or `prefill`; measured here, or --device-spec",
-    "loss=+0.1": "the search stops before the loss rises by more; several targets are joined by commas",
+    "loss=+0.1": "the search stops before the loss rises by more; several targets, joined by commas, are all met",
 }
 
 

@@ -91,6 +91,8 @@ def say_price(price: "Price", task: "Task") -> None:
         f"{price.work.attention_tokens:,} attention-, {price.work.mlp_tokens:,} mlp- and "
         f"{price.work.head_tokens:,} head-tokens{ranked}; {_bytes_of(price)}{duration(price.seconds)} on this machine"
     )
+    if sources := task.problem.target.sources:
+        say(f"target: {task.problem.target} (costs: {sources})")
 
 
 def say_spent(receipt: "Receipt") -> None:

@@ -7,6 +7,7 @@ from blockpruner.blocks import Mask, format_mask
 from blockpruner.data import Data
 from blockpruner.mending import Mended
 from blockpruner.outcome import Contestant
+from blockpruner.plan import Plan
 from blockpruner.planning import Task
 from blockpruner.searches.random import Random
 from blockpruner.searching import driver
@@ -31,12 +32,12 @@ def recovered(task: Task, data: Data, mended: Mended) -> Contestant:
     return Contestant(removed=format_mask(mask), parameters=left + repair.added_parameters, loss=losses[mask])
 
 
-def at_random(task: Task) -> dict[str, Mask]:
-    """Masks that reach the same target by the same kind of moves at random."""
-    free = Rehearsal(task.objective)
-    results = {seed: driver.run(Random(seed), task.problem, free) for seed in range(RANDOMS)}
+def at_random(task: Task, plan: Plan, number: int = RANDOMS) -> dict[str, Mask]:
+    """Masks that reach the target of `plan` by the same kind of moves at random, in as many if its end was the loss."""
+    free, most = Rehearsal(task.objective), len(plan.steps) if task.problem.target.endless else None
+    results = {seed: driver.run(Random(seed), task.problem, free, keep=False) for seed in range(number)}
     return {
-        f"random {seed}": frozenset().union(*(step.move.blocks for step in result.steps))
+        f"random {seed}": frozenset().union(*(step.move.blocks for step in result.steps[:most]))
         for seed, result in results.items()
     }
 

@@ -9,15 +9,13 @@ from pathlib import Path
 
 from blockpruner.blocks import Mask
 from blockpruner.console import Progress, duration, say
+from blockpruner.contestants import at_random
 from blockpruner.errors import CheckFailedError
 from blockpruner.evaluation.quality import Evaluation, evaluate_masks
 from blockpruner.loading.models import load
-from blockpruner.planning import Task, find_plan, prepare
+from blockpruner.planning import find_plan, prepare
 from blockpruner.price import quote
-from blockpruner.searches.random import Random
 from blockpruner.searching.contract import Stop
-from blockpruner.searching.driver import run
-from blockpruner.searching.rehearsal import Rehearsal
 from blockpruner.subject import open_subject, save_subject
 from blockpruner.tables import print_evaluation, print_plan, print_saved
 from blockpruner.texts.calibration import load_calibration
@@ -56,7 +54,7 @@ def run_demo(folder: Path, dtype: str) -> None:
     if plan.stop_reason != Stop.TARGET:
         raise KeyboardInterrupt
 
-    random = {f"random {seed}": _random_mask(task, seed) for seed in range(RANDOM_PLANS)}
+    random = at_random(task, plan, RANDOM_PLANS)
     contestants: dict[str, Mask] = {"dense": frozenset(), "pruned": plan.mask(), **random}
     found = evaluate_masks(subject.model, subject.anatomy, held_back, contestants, progress=Progress())
     evaluation = Evaluation.of(found, held_back.record)
@@ -83,11 +81,6 @@ def run_demo(folder: Path, dtype: str) -> None:
     ]
     print(f"next: {shlex.join(prune)}")
     print("next: blockpruner search MODEL --target params=-20% --calibration alpaca --run runs/mine")
-
-
-def _random_mask(task: Task, seed: int) -> Mask:
-    steps = run(Random(seed), task.problem, Rehearsal(task.objective)).steps
-    return frozenset(block for step in steps for block in step.move.blocks)
 
 
 def _generated(model: Path) -> str:

@@ -67,8 +67,11 @@ class Searching:
 
     search: Annotated[str, typer.Option(help="Search, with options as name:key=value.")] = "greedy"
     criterion: Annotated[
-        str, typer.Option(help="What ranks the moves, for searches that rank; or scores.json of `score`.")
-    ] = "cosine"
+        str | None,
+        typer.Option(
+            help="What ranks the moves, for searches that rank; cosine if left out, or scores.json of `score`."
+        ),
+    ] = None
     objective: Objective = "loss"
     moves: Annotated[str, typer.Option(help="block, attention, mlp, layer or stock.")] = "block"
     protect: Protect = ""

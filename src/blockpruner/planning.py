@@ -31,7 +31,7 @@ from blockpruner.searching.costs import parse_card
 from blockpruner.searching.evaluations import Evaluations, Notes
 from blockpruner.searching.moves import format_protected, parse_protected
 from blockpruner.searching.rehearsal import Rehearsal
-from blockpruner.searching.targets import Goals, parse_target
+from blockpruner.searching.targets import Goals, Speed, parse_target
 from blockpruner.subject import Subject
 from blockpruner.texts.calibration import TextOptions
 from blockpruner.texts.examples import Examples
@@ -83,7 +83,7 @@ class Task:
         target = replace(target, rise=None) if isinstance(target, Goals) else target
         problem = replace(self.problem, target=target)
         free = Rehearsal(self.objective, told=lambda asked: moved.append(self.objective.traffic(asked)))
-        result = driver.run(self.search, problem, free, scorer=scorer)
+        result = driver.run(self.search, problem, free, scorer=scorer, keep=False)
         return Rehearsed(result, sum(passes), sum(moved, Traffic()))
 
 
@@ -103,7 +103,7 @@ def prepare(
     target: str,
     calibration: str,
     search: str = "greedy",
-    criterion: str | Criterion = "cosine",
+    criterion: str | Criterion | None = None,
     objective: str = "loss",
     moves: str = "block",
     protect: str = "",
@@ -117,17 +117,24 @@ def prepare(
 ) -> Task:
     """Read the words of the command line into a search that is ready to run; InputError for each that is not right.
 
-    criterion: for searches that rank; start: an earlier plan, for searches that improve one; recovery: in closed form,
-    with which each mask is scored, see `replaceable`. For targets of speed: device_spec, a card that times are computed
-    for; costs, a file of times that were measured before; progress of measuring them now.
+    criterion: for searches that rank, cosine if left out; start: an earlier plan, for searches that go on from one;
+    recovery: in closed form, with which each mask is scored, see `replaceable`. For targets of speed: device_spec, a
+    card that times are computed for; costs, a file of times that were measured before; progress of measuring them now.
     """
     wanted, card = parse_target(target), parse_card(device_spec) if device_spec else None
     outline = subject.anatomy.outline
     begun = () if start is None else tuple(Move.of(*step.blocks) for step in start.steps)
+    method, measure = parse_search(search, seed=seed), parse_objective(objective)
+    if criterion is not None and not method.ranks:
+        raise _unused("--criterion", search, [name for name, kind in SEARCHES.items() if kind.ranks])
+    if start is not None and not method.starts:
+        raise _unused("--from", search, [name for name, kind in SEARCHES.items() if kind.starts])
+    if card and not any(isinstance(limit, Speed) for limit in wanted.limits):
+        raise InputError(f"{wanted} makes no use of --device-spec", fix="leave it out, or add speed=1.3x:decode")
     goal = bound(wanted, subject, card=card, table=costs, progress=progress)
     problem = Problem(outline, moves, goal, parse_protected(protect, outline), start=begun)
-    method, measure = parse_search(search, seed=seed), parse_objective(objective)
-    ranks = _criterion(criterion, subject, seed) if isinstance(criterion, str) else criterion
+    named = "cosine" if criterion is None else criterion
+    ranks = _criterion(named, subject, seed) if isinstance(named, str) else named
     if goal.endless and not method.nested:
         raise InputError(
             f"{goal} is the end of a search that goes step by step, and {method.title!r} is none",
@@ -141,6 +148,14 @@ def prepare(
     ready = seen.objective(subject, measure, inside, batch_tokens=BATCH_TOKENS, segment=SEGMENT)
     problem = replace(problem, sizes=ready.sizes, unit=ready.unit)
     return Task(subject, data, ready, problem, method, ranks, seed, inside)
+
+
+def _unused(option: str, search: str, searches: Sequence[str]) -> InputError:
+    """What to say of an option that would make no difference."""
+    *most, last = searches
+    return InputError(
+        f"--search {search} makes no use of {option}", fix=f"leave it out, or use --search {', '.join(most)} or {last}"
+    )
 
 
 def replacing(subject: Subject, recovery: str, examples: Examples) -> Replacing:

@@ -45,7 +45,7 @@ class Recipe(Artifact):
     paper: str
     differences: tuple[str, ...] = ()
     search: str = "exhaustive"
-    criterion: str = "cosine"
+    criterion: str | None = None
     objective: str = "loss"
     moves: str = "block"
     protect: str = ""
@@ -75,15 +75,16 @@ class Recipe(Artifact):
     def changed(self, calibration: str | None = None, evaluation: str | None = None, **fields: Any) -> Self:
         """The recipe with other settings; a source of text replaces the recipe's own, its split and column too.
 
-        fields: of the recipe, and tokens and window of its calibration; None leaves as it is.
+        fields: of the recipe, tokens and window of its calibration, and data_tokens and data_window of its evaluation;
+        None leaves as it is.
         """
         given = {name: value for name, value in fields.items() if value is not None}
-        size = {name: given.pop(name) for name in ("tokens", "window") if name in given}
         texts = {}
-        for name, source in (("calibration", calibration), ("evaluation", evaluation)):
+        for name, source, prefix in (("calibration", calibration, ""), ("evaluation", evaluation, "data_")):
             text: Text = getattr(self, name)
             elsewhere = {"source": source, "split": None, "column": None} if source else {}
-            texts[name] = text.model_copy(update={**elsewhere, **(size if name == "calibration" else {})})
+            size = {key: given.pop(prefix + key) for key in ("tokens", "window") if prefix + key in given}
+            texts[name] = text.model_copy(update={**elsewhere, **size})
         return type(self).model_validate(self.model_copy(update={**given, **texts}).model_dump())
 
 

@@ -120,7 +120,7 @@ def search(
         str,
         typer.Option(
             help="blocks=6, layers=3, params=-25%, memory=16GiB,context=32768,batch=8, speed=1.3x:decode "
-            "or loss=+0.1; several joined by commas."
+            "or loss=+0.1; several joined by commas: all are met, blocks and layers exactly."
         ),
     ],
     calibration: Annotated[str, typer.Option(metavar="SOURCE", help=Source)],
@@ -131,7 +131,10 @@ def search(
     stream: Stream = False,
     memory: Memory = None,
     run: Run = None,
-    start: Annotated[Path | None, typer.Option("--from", metavar="FILE", help="A plan to improve, for swap.")] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="A plan to go on from, for swap, one-shot and iterative."),
+    ] = None,
     budget: Annotated[int | None, typer.Option(min=1, help="Evaluations of a mask at most.")] = None,
     workers: Workers = 0,
     ray: Cluster = None,

@@ -1,14 +1,14 @@
 """Smaller models: prune, recover, run, demo."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from blockpruner.command import crew_of, opened, print_json, say_price, stream_memory, verb
+from blockpruner.command import crew_of, opened, opened_for, print_json, say_price, say_spent, stream_memory, verb
 from blockpruner.console import Progress, say
-from blockpruner.errors import InputError, MachineError
+from blockpruner.errors import InputError
 from blockpruner.options import (
     LOADING,
     ON_CPU,
@@ -28,9 +28,6 @@ from blockpruner.options import (
     Workers,
     token_count,
 )
-
-if TYPE_CHECKING:
-    from blockpruner.subject import Subject
 
 
 @verb("blockpruner prune demo --plan runs/demo/plan.json --first 4 --out pruned")
@@ -110,7 +107,9 @@ def recover(
     check_new_folder(out, sources=(pruned,) if pruned.is_dir() else ())
     check_installed(parse_chain(method, seed=seed))  # a mistake is said before the model is loaded
     plan = _plan_of(pruned)
-    subject = _dense(plan, dense, loading)
+    if (plan.parent / "recovery.json").is_file():
+        say(f"{pruned} was recovered before: this begins anew, so name all methods together, as in linear,lora")
+    subject = opened_for(plan, dense, loading, "--dense")
     task = prepare(
         subject,
         Plan.read(plan, subject.anatomy.outline),
@@ -147,22 +146,6 @@ def _plan_of(pruned: Path) -> Path:
     return plan
 
 
-def _dense(plan: Path, dense: str | None, loading: Loading) -> "Subject":
-    """The whole model: as asked for, else as the plan names it, which of a folder knows no more than the last part."""
-    from blockpruner.plan import Plan
-
-    if dense is not None:
-        return opened(dense, loading)
-    named = Plan.read(plan).model
-    if named is None:
-        raise InputError(f"{plan} does not say for which model it is", fix="name the whole model with --dense")
-    try:
-        return opened(named.name, loading)
-    except (InputError, MachineError) as error:
-        fix = f"{error.fix}; the whole model can be named with --dense"
-        raise type(error)(f"{plan} is for {named.name!r}: {error.what}", fix=fix) from error
-
-
 @verb(
     "blockpruner run llm-drop-attention --model demo --target blocks=4 --calibration builtin --tokens 2048", name="run"
 )
@@ -178,6 +161,12 @@ def run_recipe(
     ] = None,
     tokens: Annotated[str | None, typer.Option(metavar="N", help="Tokens of calibration text, or all.")] = None,
     window: Window = None,
+    data_tokens: Annotated[
+        str | None, typer.Option("--data-tokens", metavar="N", help="Tokens that the result is measured on, or all.")
+    ] = None,
+    data_window: Annotated[
+        int | None, typer.Option("--data-window", min=2, metavar="N", help="Tokens per window of these.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
     loading: Loading = LOADING,
     run: Run = None,
@@ -188,23 +177,35 @@ def run_recipe(
 ) -> None:
     """Do what a paper did, on any model. Search, save the smaller model, measure it beside random removals."""
     from blockpruner import pipeline
-    from blockpruner.price import quote
+    from blockpruner.price import NAME, Receipt, quote
     from blockpruner.recipe import Recipe
     from blockpruner.tables import print_outcome
 
     crew = crew_of(workers, ray, model, loading)
-    count = None if tokens is None else token_count(tokens) or 0
-    sources = {"calibration": calibration, "evaluation": data}
-    chosen = Recipe.read(recipe).changed(**sources, target=target, tokens=count, window=window, seed=seed)
+    count, data_count = (None if text is None else token_count(text) or 0 for text in (tokens, data_tokens))
+    chosen = Recipe.read(recipe).changed(
+        calibration,
+        data,
+        target=target,
+        tokens=count,
+        window=window,
+        data_tokens=data_count,
+        data_window=data_window,
+        seed=seed,
+    )
     for difference in chosen.differences:
         say(f"differs from the paper: {difference}")
-    subject = opened(model, loading)
-    task = pipeline.prepared(chosen, subject)
-    say_price(quote(task), task)
-    if dry_run:
-        return
     folder = run or Path("runs", f"{Path(recipe).stem}-{Path(model).name}")
-    outcome, plan, _ = pipeline.run(chosen, subject, folder, progress=Progress(), crew=crew)
+    subject = replace(opened(model, loading), stored=None)  # what is saved has the dtype that was loaded
+    task = pipeline.prepared(chosen, subject, folder, Progress())
+    price = quote(task)
+    say_price(price, task)
+    if dry_run:
+        if as_json:
+            print_json(price.model_dump(mode="json"))
+        return
+    outcome, plan, _ = pipeline.run(chosen, task, price, folder, progress=Progress(), crew=crew)
+    say_spent(Receipt.load(folder / NAME))
     say(f"plan: {folder / 'plan.json'} ({plan.stop_reason}); model: {folder / 'model'}")
     if as_json:
         print_json(outcome.model_dump(mode="json"))

@@ -116,7 +116,7 @@ def on_card(ledger: Ledger, card: Card, speed: Speed) -> Costs:
         return speed.batch * (law.decode(speed.context) if decodes else law.prefill(speed.context))
 
     def seconds(law: Law, weights: int, cache: int) -> float:
-        met = min(weights, law.each * speed.batch * passes / 2 * ledger.model.dtype.itemsize) if law.each else weights
+        met = min(weights, law.each * speed.batch * passes / 2 * ledger.itemsize) if law.each else weights
         return max(operations(law) / card.flops, (met + decodes * cache) / card.bandwidth)
 
     each: dict[Block, float] = {}
@@ -126,6 +126,6 @@ def on_card(ledger: Ledger, card: Card, speed: Speed) -> Costs:
         each[block] = seconds(law, dense.weights - left.weights, cache)
     head = ledger.model.get_output_embeddings()
     rest = Law(*(getattr(whole, k) - sum(getattr(law, k) for law in blocks.values()) for k in ("once", "each", "pair")))
-    weights = sum(p.nbytes for p in head.parameters()) if head is not None else 0
+    weights = sum(p.numel() for p in head.parameters()) * ledger.itemsize if head is not None else 0
     outside = max(operations(rest) / card.flops, weights / card.bandwidth)
     return Costs(sum(each.values()) + outside, each, {}, "seconds", f"computed for {card.name} ({card.source})")

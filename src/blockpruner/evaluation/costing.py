@@ -38,12 +38,13 @@ def bound(
     """`target` with the costs of all that it asks for, so that a search can tell when it is reached.
 
     card: of a speed target that is meant for a device which is not here; table: a file with costs that were measured
-    before, of the same model, dtype and device, if it is there. What is in neither is measured now.
+    before, of the same model, dtype and device, if it is there. What is in neither is measured now. Bytes, and what is
+    computed from them, are those of the dtype in the model's files, which a pruned checkpoint keeps.
     """
     if isinstance(target, Target):
         return target
     known = {} if table is None or card is not None or not table.is_file() else _read(table, subject)
-    ledger = read_ledger(subject.model, subject.anatomy) if target.limits else None
+    ledger = read_ledger(subject.model, subject.anatomy, subject.stored) if target.limits else None
     costs: dict[str, Costs] = {}
     for limit in target.limits:
         assert ledger is not None

@@ -2,12 +2,14 @@
 
 Bytes of the cache are counted from what each block writes in one short pass (`caches`), and measured in the cache
 object after a real one. Sliding windows keep so many tokens and no more; a stand-in keeps two numbers per token in each
-place that its block wrote to; states of convolutions and recurrences do not grow.
+place that its block wrote to; states of convolutions and recurrences do not grow. Another dtype than that of the
+model in memory can be counted: that of its files, which a pruned checkpoint keeps.
 """
 
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -66,6 +68,7 @@ class Ledger:
     """What a model and each of its blocks hold, so that the footprint without any mask is known. See `read_ledger`.
 
     windows, states: per slot of the cache the most tokens it keeps, and the bytes of its states per sequence.
+    dtype: that is counted; None: that of the model, as it is in memory.
     """
 
     model: PreTrainedModel
@@ -73,11 +76,17 @@ class Ledger:
     use: CacheUse
     windows: Mapping[int, int | None] = field(default_factory=dict[int, int | None])
     states: Mapping[int, int] = field(default_factory=dict[int, int])
+    dtype: torch.dtype | None = None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number, as it is counted."""
+        return (self.dtype or self.model.dtype).itemsize
 
     def footprint(self, mask: Mask = frozenset()) -> Footprint:
         """The bytes of the model without `mask`: its stand-ins, as in memory or in a checkpoint that has them."""
         specs = [spec for spec in self.anatomy.stand_ins(mask).values() if not spec.get("keep")]
-        number = self.model.dtype.itemsize
+        number = self.itemsize
         gone = [part for block, part in self.anatomy.parts.items() if block in mask and not part.kept]
         missing = {path for part in gone for path in _paths(part)}
         grows, fixed = self._held(path for path in self._places if path not in missing)
@@ -97,7 +106,9 @@ class Ledger:
         each = {block: whole - total(block) for block in self.anatomy.parts}
         layers = {key: whole - total(*b) - sum(map(each.__getitem__, b)) for key, b in self._layers.items()}
         shared = {key: float(saved) for key, saved in layers.items() if saved}
-        source = f"counted: weights in {str(self.model.dtype).removeprefix('torch.')}, and what each block caches"
+        named = str(self.dtype or self.model.dtype).removeprefix("torch.")
+        kept = "as in the files" if self.dtype else "as in memory"
+        source = f"counted: weights and what each block caches, in {named}, {kept}"
         return Costs(float(whole), {block: float(saved) for block, saved in each.items()}, shared, "bytes", source)
 
     def held(self, block: Block) -> tuple[tuple[tuple[int, int | None], ...], int]:
@@ -121,39 +132,65 @@ class Ledger:
 
     @cached_property
     def _weights(self) -> int:
-        return weights_bytes(self.model)
+        return weights_bytes(self.model) + sum(
+            self._sizes[name] - p.nbytes for name, p in self.model.named_parameters()
+        )
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of each parameter. Some are in float32 beside others in 16 bits: those that transformers leaves so."""
+        model: Any = self.model
+        narrow = (["_strict"] if self.itemsize == 2 else []) + ([""] if self.dtype == torch.float16 else [])
+        wide = [word for end in narrow for word in getattr(model, f"_keep_in_fp32_modules{end}", None) or ()]
+
+        def size(name: str, p: Tensor) -> int:
+            kept = self.dtype is None or p.dtype != model.dtype or any(word in name for word in wide)
+            return p.nbytes if kept else p.numel() * self.itemsize
+
+        return {name: size(name, p) for name, p in self.model.named_parameters(remove_duplicate=False)}
 
     @cached_property
     def _leaving(self) -> list[tuple[Mask, int]]:
         """What leaves with which blocks, in bytes."""
-        sizes = {name: p.nbytes for name, p in self.model.named_parameters(remove_duplicate=False)}
-        held = [(held.blocks, sum(map(sizes.__getitem__, held.names))) for held in holdings(self.model, self.anatomy)]
+        held = [
+            (held.blocks, sum(map(self._sizes.__getitem__, held.names))) for held in holdings(self.model, self.anatomy)
+        ]
         parts = [part for part in self.anatomy.parts.values() if not part.kept]
         modules = [(part.block, self.model.get_submodule(path)) for part in parts for path in _paths(part)]
         return held + [(frozenset([block]), buffer.nbytes) for block, one in modules for buffer in one.buffers()]
 
     def _held(self, paths: Iterable[str]) -> tuple[list[tuple[int, int | None]], int]:
         made = [write for path in paths for write in self.use.writes.get(path, ())]
-        grows = [(w.size, self.windows.get(w.slot) if w.kind == "keys" else None) for w in made if w.kind != "state"]
-        slots = {write.slot: write.size for write in made if write.kind == "state"}
+        ratio = Fraction(self.itemsize, self.model.dtype.itemsize)
+        grows = [
+            (int(w.size * ratio), self.windows.get(w.slot) if w.kind == "keys" else None)
+            for w in made
+            if w.kind != "state"
+        ]
+        slots = {write.slot: int(write.size * max(1, ratio)) for write in made if write.kind == "state"}
         return grows, sum(self.states.get(slot, size) for slot, size in slots.items())
 
 
-def read_ledger(model: PreTrainedModel, anatomy: Anatomy) -> Ledger:
-    """What each block of `model` holds. Cost: two or three passes of 2 x 16 tokens."""
+def read_ledger(model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype | None = None) -> Ledger:
+    """What each block of `model` holds, in its own dtype or in `dtype`. Cost: two or three passes of 2 x 16 tokens.
+
+    In a narrower one the states of recurrences are counted as wide as they are here: most models keep them in float32.
+    """
     inputs = example_inputs(model)
     watched = {path: model.get_submodule(path) for part in anatomy.parts.values() for path in _paths(part)}
     use = cache_use(model, watched, inputs)
     cache = filled_cache(model, inputs) if use.writes else None
     layers = list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
     windows = {slot: _most(layer) for slot, layer in enumerate(layers)}
-    kinds = ("conv_states", "recurrent_states")
-    batch = len(inputs["input_ids"])
-    states = {
-        slot: sum(held_bytes([getattr(layer, kind, None)]) for kind in kinds) // batch
-        for slot, layer in enumerate(layers)
-    }
-    return Ledger(model, anatomy, use, windows, states)
+    number, batch = (dtype or model.dtype).itemsize, len(inputs["input_ids"])
+
+    def state_bytes(layer: Any) -> int:
+        conv, recurrent = (held_tensors([getattr(layer, f"{kind}_states", None)]) for kind in ("conv", "recurrent"))
+        narrow = sum(t.numel() * (number if t.dtype == model.dtype else t.element_size()) for t in conv)
+        return (narrow + sum(t.numel() * max(number, t.element_size()) for t in recurrent)) // batch
+
+    states = {slot: state_bytes(layer) for slot, layer in enumerate(layers)}
+    return Ledger(model, anatomy, use, windows, states, dtype)
 
 
 def weights_bytes(model: torch.nn.Module) -> int:
@@ -191,6 +228,11 @@ def filled_cache(model: Any, inputs: Mapping[str, Tensor]) -> Any:
 
 def held_bytes(cache: Any) -> int:
     """Bytes of all keys, values and states in a cache, each tensor once; views count as what they show."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in held_tensors(cache))
+
+
+def held_tensors(cache: Any) -> list[Tensor]:
+    """All keys, values and states in a cache, each once."""
     found: dict[int, Tensor] = {}
     seen: set[int] = set()
 
@@ -207,7 +249,7 @@ def held_bytes(cache: Any) -> int:
                 look(item)
 
     look(cache)
-    return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+    return list(found.values())
 
 
 def _most(layer: Any) -> int | None:

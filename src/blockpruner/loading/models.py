@@ -16,8 +16,10 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from blockpruner.artifacts import read_json
 from blockpruner.errors import InputError, MachineError
 from blockpruner.loading import ggufs
 from blockpruner.loading.gate import Checkpoint, check_checkpoint
@@ -25,6 +27,7 @@ from blockpruner.loading.strict import first_line, quietly, read_weights
 from blockpruner.plan import ModelIdentity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # in the words of safetensors
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.jinja", "*.tiktoken")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*", "tekken.json", "*.tiktoken")
@@ -156,6 +159,22 @@ def checkpoint_of(name: str, revision: str | None, allow_remote_code: bool, allo
     if revision is not None and not is_hub_name:
         raise InputError(f"{name} has no revisions; only hub names do", fix="leave out the revision")
     return check_checkpoint(folder, allow_remote_code=allow_remote_code, allow_pickle=allow_pickle)
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype that `stored` is in this folder: as config.json says, else of the first weights that are no integers.
+
+    None where it is not known: pickles are not opened for it.
+    """
+    config = read_json(folder / "config.json")
+    found: Any = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    if isinstance(found, torch.dtype):
+        return found if found.is_floating_point else None
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        with safe_open(file, framework="pt") as tensors:
+            kinds = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118 (not a dict)
+        return next((STORED[kind] for kind in kinds if kind in STORED), None)
+    return None
 
 
 def _from_hub(name: str, revision: str | None, allow_remote_code: bool, allow_pickle: bool) -> Path:

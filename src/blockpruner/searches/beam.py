@@ -41,6 +41,7 @@ class Beam:
     source: ClassVar[str] = "Lowerre 1976 (beam search), on BlockPruner's loop: ours"
     nested: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.width < 1:

@@ -36,6 +36,7 @@ class Enumeration:
     source: ClassVar[str] = "the definition of the best mask"
     nested: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
 
     def propose(self, problem: Problem) -> Proposals:
         ways = self._masks(problem)

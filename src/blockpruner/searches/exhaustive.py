@@ -24,6 +24,7 @@ class Exhaustive:
     source: ClassVar[str] = "Zhong et al. 2024, arXiv 2406.10594; with ends=true Song et al. 2024, arXiv 2402.09025"
     nested: ClassVar[bool] = True
     ranks: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
 
     def propose(self, problem: Problem) -> Proposals:
         problem = self._task(problem)

@@ -32,6 +32,7 @@ class Greedy:
     source: ClassVar[str] = "BlockPruner's loop; races after Maron and Moore 1993, two-phase sampling after Neyman 1938"
     nested: ClassVar[bool] = True
     ranks: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (self.epsilon >= 0 and 0 < self.delta < 1):

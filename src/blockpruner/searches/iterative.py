@@ -25,6 +25,7 @@ class Iterative:
     source: ClassVar[str] = "He et al. 2024, arXiv 2406.15786; Siddiqui et al. 2024, arXiv 2407.16286"
     nested: ClassVar[bool] = True
     ranks: ClassVar[bool] = True
+    starts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.every < 1:

@@ -1,19 +1,18 @@
 """The cheapest moves by their scores that meet the target, found by integer programming, and checked by real losses."""
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
 from typing import Any, ClassVar
 
 from blockpruner.artifacts import Estimate
-from blockpruner.blocks import Mask, Move, Outline
+from blockpruner.blocks import Mask, Move
 from blockpruner.errors import InputError
 from blockpruner.searches.enumeration import in_place
 from blockpruner.searches.one_shot import gone
 from blockpruner.searching.contract import DENSE, Problem, Proposals, Ranked, Scores, lowest
-from blockpruner.searching.costs import Costs
 from blockpruner.searching.targets import Goals
 
 EVEN = 1e-9  # of the largest score, for each move: of equally good sets the smaller one
@@ -40,6 +39,7 @@ class Knapsack:
     source: ClassVar[str] = "Bercovich et al. 2024, arXiv 2411.19146 (Puzzle), with removal as the only alternative"
     nested: ClassVar[bool] = False
     ranks: ClassVar[bool] = True
+    starts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.tries < 1:
@@ -54,8 +54,8 @@ class Knapsack:
         sets = {gone(taken): taken for taken in islice(cheapest(problem, scores), self.tries)}
         if not sets:
             raise InputError(
-                f"no set of {problem.granularity!r} moves with finite scores meets {problem.target} exactly",
-                fix="use another criterion or other moves, or a target that need not be met exactly",
+                f"no set of {problem.granularity!r} moves with finite scores meets {problem.target}",
+                fix="use another criterion or other moves, or a target without a number of blocks or layers",
             )
         yield in_place(problem, next(iter(sets.values())), losses)
         losses |= yield tuple(sets)
@@ -109,31 +109,17 @@ def _rows(problem: Problem, moves: Sequence[Move]) -> list[Row]:
     for key, blocks in outline.layers().items():
         rows += [({empty[key]: 1.0, **dict.fromkeys(takers[block], -1.0)}, -inf, 0.0) for block in blocks]
     goals = target if isinstance(target, Goals) else Goals((target,))
-    for count in goals.counts:
-        if count.unit == "params":
-            continue
+    for count in goals.exact:
         sizes = {place: float(len(m.blocks)) if count.unit == "blocks" else 1.0 for place, m in enumerate(moves)}
         rows.append((sizes, float(count.amount), float(count.amount)))
-    for costs, needed in _needs(outline, goals):
+    for bound in goals.bounds(outline):
+        costs, needed = bound.costs, bound.needed
         if needed <= 0:
             continue  # the whole model meets it
         row = {place: sum(costs.each.get(b, 0.0) for b in move.blocks) for place, move in enumerate(moves)}
         row |= {empty[key]: value for key, value in costs.shared.items()}
         rows.append(({place: value / needed for place, value in row.items()}, 1.0, inf))
     return rows
-
-
-def _needs(outline: Outline, goals: Goals) -> Iterable[tuple[Costs, float]]:
-    """What has to be saved, and by which costs."""
-    for limit in goals.limits:
-        costs = goals.costs[limit.workload]
-        yield costs, costs.whole - limit.limit(costs)
-    for count in goals.counts:
-        if count.unit == "params":
-            sizes = {block: float(size) for block, size in outline.parameters.items()}
-            shared = {key: float(size) for key, size in outline.shared.items()}
-            costs = Costs(float(outline.total_parameters), sizes, shared, "parameters", "the anatomy")
-            yield costs, float(count.amount * outline.total_parameters / 100)
 
 
 def _check(problem: Problem) -> None:

@@ -28,6 +28,7 @@ class OneShot:
     source: ClassVar[str] = "Men et al. 2024, arXiv 2403.03853; Kim et al. 2024, arXiv 2402.02834"
     nested: ClassVar[bool] = True
     ranks: ClassVar[bool] = True
+    starts: ClassVar[bool] = True
 
     def propose(self, problem: Problem) -> Proposals:
         return by_rank(problem)

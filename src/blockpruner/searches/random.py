@@ -20,6 +20,7 @@ class Random:
     source: ClassVar[str] = "baseline"
     nested: ClassVar[bool] = True
     ranks: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
 
     def propose(self, problem: Problem) -> Proposals:
         mask, steps = DENSE, 0

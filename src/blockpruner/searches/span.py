@@ -13,9 +13,9 @@ from blockpruner.searching.moves import offered
 class Span:
     """Remove the n layers that follow each other in one stack and together score least by the criterion of the run.
 
-    n is that of the target `layers=n`; for blocks and parameters the smallest n for which some span reaches the
-    target, so that blocks may be exceeded by a part of a layer. The first of equals. All layers of a span are whole,
-    none is protected; a model with several stacks loses layers of one of them only.
+    n is that of the target `layers=n` or `blocks=N`; for others the smallest n for which some span reaches the target.
+    The first of equals. All layers of a span are whole, none is protected; a model with several stacks loses layers of
+    one of them only.
 
     With `angular:tokens=last` it is the method of Gromov et al.; unlike in PruneMe's code the first layer may begin a
     span. With `cosine` it is the consecutive drop of LLM-Drop, whose code scores spans of n + 1 layers and drops n.
@@ -29,6 +29,7 @@ class Span:
     source: ClassVar[str] = "Gromov et al. 2024, arXiv 2403.17887"
     nested: ClassVar[bool] = False
     ranks: ClassVar[bool] = True
+    starts: ClassVar[bool] = False
 
     def propose(self, problem: Problem) -> Proposals:
         scores: Scores = yield Ranked(DENSE, _spans(problem))
@@ -55,7 +56,12 @@ def _spans(problem: Problem) -> tuple[Move, ...]:
     length = 1
     while spans := offered(f"span={length}", problem.outline, DENSE, problem.protected):
         if enough := tuple(span for span in spans if problem.reached(span.blocks, length)):
-            return enough
+            if exact := tuple(s for s in enough if not problem.target.exceeded(problem.outline, s.blocks, length)):
+                return exact
+            raise InputError(
+                f"{problem.target} cannot be met exactly by a span: one of {length} whole layers is too long",
+                fix="ask for another number, or use another search",
+            )
         length += 1
     raise InputError(
         f"no span reaches {problem.target}: at most {length - 1} layers that may go follow each other in one stack",

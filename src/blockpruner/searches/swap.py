@@ -42,6 +42,7 @@ class Swap:
     source: ClassVar[str] = "local search; that removal is not monotone: Sieberling et al. 2024, arXiv 2410.14649"
     nested: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
+    starts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.tries < 0 or self.gain < 0 or self.rounds < 1:

@@ -7,12 +7,14 @@ the business of the `driver`: evaluating, remembering, the journal, counting, pr
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 from blockpruner.artifacts import Estimate, Work
 from blockpruner.blocks import Mask, Move, Outline
 from blockpruner.errors import CheckFailedError
 from blockpruner.registry import lookup
+from blockpruner.searching.leading import Bound
 from blockpruner.searching.moves import GRANULARITIES, Target, offered
 from blockpruner.searching.targets import Goals
 
@@ -77,7 +79,7 @@ class Problem:
 
     protected: (stack, layer) of layers that no move may touch; sizes, unit: how many values the objective gives for
     each of its micro-batches, and of what; start: the moves of an earlier plan, for searches that improve one.
-    InputError if the target cannot be reached.
+    InputError if the target cannot be reached, or is before anything is removed.
     """
 
     outline: Outline
@@ -89,7 +91,7 @@ class Problem:
     start: tuple[Move, ...] = ()
 
     def __post_init__(self) -> None:
-        self.target.check(self.outline, self.granularity, self.moves(DENSE))
+        self.target.check(self.outline, self.granularity, self._offered(DENSE))
 
     @property
     def batches(self) -> int:
@@ -97,7 +99,14 @@ class Problem:
         return len(self.sizes)
 
     def moves(self, mask: Mask) -> tuple[Move, ...]:
-        """The moves on offer on top of `mask`, in tie order."""
+        """The moves on offer on top of `mask`, in tie order; none after which the target cannot be met any more."""
+        return self.target.leading(self.outline, mask, self._offered(mask), self._bounds)
+
+    @cached_property
+    def _bounds(self) -> Sequence[Bound]:
+        return self.target.bounds(self.outline)
+
+    def _offered(self, mask: Mask) -> tuple[Move, ...]:
         lookup(self.granularity, GRANULARITIES, "kind of move")
         return offered(self.granularity, self.outline, mask, self.protected)
 
@@ -173,13 +182,14 @@ class Search(Protocol):
     """How masks are tried: a frozen dataclass, its fields the options of the method, one file in `searches/`.
 
     title, source: its name and paper; nested: whether every first part of its steps is itself a plan; ranks: whether
-    it asks for the scores of a criterion.
+    it asks for the scores of a criterion; starts: whether it goes on from the moves of an earlier plan.
     """
 
     title: ClassVar[str]
     source: ClassVar[str]
     nested: ClassVar[bool]
     ranks: ClassVar[bool]
+    starts: ClassVar[bool]
 
     def propose(self, problem: Problem) -> Proposals:
         """Yield masks, or `Partly`, to be sent their losses; yield `Ranked` to be sent scores (None: not finite).

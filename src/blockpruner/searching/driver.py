@@ -48,6 +48,7 @@ def run(
     budget: int | None = None,
     looks: int | None = None,
     scorer: Callable[[Evaluations], Scorer] | None = None,
+    keep: bool = True,
 ) -> SearchResult:
     """Run `search` until it ends, until `budget` evaluations are made, or until Ctrl-C.
 
@@ -59,7 +60,8 @@ def run(
     looks: masks times micro-batches that it will take, for progress; if left out, what the price says at most.
     budget: masks to evaluate at most, the dense one included; an ask that would exceed it is not begun.
     scorer: makes what scores moves for searches that ask a criterion; it may evaluate masks, which count as well.
-    CheckFailedError if the dense loss is not finite. Ctrl-C before the dense loss is known is passed on.
+    keep: whether what Ctrl-C leaves is worth something; else it is passed on, as it is before the dense loss is known.
+    CheckFailedError if the dense loss is not finite.
     """
     most = objective.batches * (price(search, problem) if budget is None else min(price(search, problem), budget))
     sweeps = Evaluations(objective, journal, progress, most if looks is None else min(looks, most))
@@ -70,6 +72,8 @@ def run(
     try:
         stop = _follow(search, problem, sweeps, steps, budget, scorer(sweeps) if scorer else None)
     except KeyboardInterrupt:
+        if not keep:
+            raise
         stop = Stop.INTERRUPTED
     return SearchResult(tuple(steps), dense, stop, sweeps.evaluated(()), sweeps.looks, sweeps.work)
 

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, Self, cast
 from blockpruner.blocks import Kind, Mask, Move, Outline
 from blockpruner.errors import InputError
 from blockpruner.registry import lookup
+from blockpruner.searching.leading import Bound
 
 Granularity = Callable[[Outline, Mask], tuple[Move, ...]]
 
@@ -103,7 +104,7 @@ class Target:
     """How much is to be removed: `blocks=6`, `layers=3` (that many moves of whole layers), `params=-25%`.
 
     amount: blocks, layers, or per cent of all parameters of the model. A params target is reached by the first mask
-    that removes at least that much; blocks and layers are met exactly.
+    that removes at least that much; blocks and layers are met exactly, beside other targets too.
     """
 
     unit: Literal["blocks", "layers", "params"]
@@ -111,6 +112,13 @@ class Target:
 
     rise: ClassVar[float | None] = None
     endless: ClassVar[bool] = False
+    limits: ClassVar[tuple[()]] = ()
+    sources: ClassVar[str] = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether more is as wrong as less."""
+        return self.unit != "params"
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -128,6 +136,28 @@ class Target:
     def reached(self, outline: Outline, mask: Mask, steps: int) -> bool:
         """Whether `mask`, made by `steps` moves, removes enough."""
         return self._removed(outline, mask, steps) >= self.amount
+
+    def exceeded(self, outline: Outline, mask: Mask, steps: int) -> bool:
+        """Whether more is gone than a number that is met exactly."""
+        return self.exact and self._removed(outline, mask, steps) > self.amount
+
+    def bounds(self, outline: Outline) -> Sequence[Bound]:
+        """What it asks for beside a number: nothing."""
+        return ()
+
+    def leading(
+        self, outline: Outline, mask: Mask, moves: tuple[Move, ...], bounds: Sequence[Bound]
+    ) -> tuple[Move, ...]:
+        """Those of `moves`, on offer on top of `mask`, after which it can still be met: all."""
+        return moves
+
+    def room(self, outline: Outline, mask: Mask, move: Move) -> int:
+        """How many moves like `move` are to go on top of `mask`, for a number of blocks or layers."""
+        if self.unit == "blocks":
+            return (int(self.amount) - len(mask)) // len(move.blocks)
+        whole = [blocks for blocks in outline.layers().values() if mask.issuperset(blocks)]
+        halves = len(mask) - sum(map(len, whole))  # of layers that stock pairs have left something of
+        return int(self.amount) - len(whole) - halves // 2
 
     def most_steps(self, outline: Outline, moves: Sequence[Move]) -> int:
         """The number of moves that reach it; for params an upper bound (as if the smallest moves were taken).

@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, NoReturn, Self
 
 from blockpruner.blocks import Mask, Move, Outline
 from blockpruner.errors import InputError
 from blockpruner.searching.costs import Costs, format_bytes, parse_bytes
+from blockpruner.searching.leading import Bound, apart, leading, most_saving
 from blockpruner.searching.moves import Target
 
 Phase = Literal["decode", "prefill"]
@@ -90,6 +91,8 @@ Limit = Memory | Speed
 class Goals:
     """Several targets at once, or one that needs costs: enough is removed when all of them are met.
 
+    Blocks and layers are met exactly: just so many go, and they are such that the other targets are met.
+
     rise: the loss may be above the dense one by so much at most, in the unit of the objective. A search stops before
     the first step that would pass it; without another target, that is the only end. costs: by workload, see `bound`.
     """
@@ -118,11 +121,38 @@ class Goals:
     def reached(self, outline: Outline, mask: Mask, steps: int) -> bool:
         """Whether `mask`, made by `steps` moves, removes enough; never, if the loss alone ends the search."""
         counted = all(count.reached(outline, mask, steps) for count in self.counts)
-        return not self.endless and counted and all(self.met(limit, outline, mask) for limit in self.limits)
+        return not self.endless and counted and all(self._bound(limit).met(outline, mask) for limit in self.limits)
 
-    def met(self, limit: Limit, outline: Outline, mask: Mask) -> bool:
+    def exceeded(self, outline: Outline, mask: Mask, steps: int) -> bool:
+        """Whether more is gone than a number of blocks or layers that is met exactly."""
+        return any(count.exceeded(outline, mask, steps) for count in self.counts)
+
+    @property
+    def exact(self) -> list[Target]:
+        """Numbers of blocks and layers."""
+        return [count for count in self.counts if count.exact]
+
+    def bounds(self, outline: Outline) -> Sequence[Bound]:
+        """What may be left at most, by all targets but the exact ones and the loss."""
+        total = outline.total_parameters
+        sizes = {block: float(size) for block, size in outline.parameters.items()}
+        shared = {key: float(size) for key, size in outline.shared.items()}
+        parameters = Costs(float(total), sizes, shared, "parameters", "the anatomy")
+        shares = [Bound(parameters, total - count.amount * total / 100) for count in self.counts if not count.exact]
+        return [*map(self._bound, self.limits), *shares]
+
+    def leading(
+        self, outline: Outline, mask: Mask, moves: tuple[Move, ...], bounds: Sequence[Bound]
+    ) -> tuple[Move, ...]:
+        """Those of `moves`, on offer on top of `mask`, after which all can still be met, see `leading`."""
+        if not moves or not self.exact or len(self.exact) + len(bounds) == 1:
+            return moves
+        rooms = {count.room(outline, mask, moves[0]) for count in self.exact}
+        return leading(outline, mask, moves, rooms.pop(), bounds) if len(rooms) == 1 else ()
+
+    def _bound(self, limit: Limit) -> Bound:
         costs = self.costs[limit.workload]
-        return costs.left(outline, mask) <= limit.limit(costs)
+        return Bound(costs, limit.limit(costs))
 
     def had(self, outline: Outline, mask: Mask) -> str:
         """The targets with costs that `mask` just meets."""
@@ -136,6 +166,8 @@ class Goals:
         """An upper bound of the number of moves, as if those that save least were taken first."""
         if self.endless:
             return len(moves)
+        if self.exact:
+            return min(count.most_steps(outline, moves) for count in self.exact)
         steps = [count.most_steps(outline, moves) for count in self.counts]
         for limit in self.limits:
             costs = self.costs[limit.workload]
@@ -145,12 +177,12 @@ class Goals:
         return min(len(moves), max(steps))
 
     def check(self, outline: Outline, granularity: str, moves: Sequence[Move]) -> None:
-        """InputError, naming the nearest that can be had, unless removing all that `moves` offer reaches it."""
+        """InputError, naming what there is, if no set of `moves` reaches it, or the whole model has it already."""
         for count in self.counts or (Target("params", Fraction(1, 10**9)),):
             count.check(outline, granularity, moves)
         everything: Mask = frozenset().union(*(move.blocks for move in moves))
         for limit in self.limits:
-            if not self.met(limit, outline, everything):
+            if not self._bound(limit).met(outline, everything):
                 costs = self.costs[limit.workload]
                 nearest = limit.nearest(costs, costs.left(outline, everything))
                 raise InputError(
@@ -158,6 +190,35 @@ class Goals:
                     f"nearest is {nearest} (costs: {costs.source})",
                     fix=f"ask for {nearest}, shorten context or batch, protect less, or use other moves",
                 )
+        if self.reached(outline, frozenset(), 0):
+            raise InputError(
+                f"the whole model meets {self}: it has {self.had(outline, frozenset())} (costs: {self.sources})",
+                fix="nothing needs to go; ask for less",
+            )
+        bounds = self.bounds(outline)
+        if not self.leading(outline, frozenset(), tuple(moves), bounds):
+            self._refuse_number(outline, moves, bounds)
+
+    @property
+    def sources(self) -> str:
+        """Where the costs come from."""
+        return "; ".join(dict.fromkeys(costs.source for costs in self.costs.values()))
+
+    def _refuse_number(self, outline: Outline, moves: Sequence[Move], bounds: Sequence[Bound]) -> NoReturn:
+        """InputError: no set of just so many blocks or layers meets the rest, of which it names the nearest."""
+        number = ",".join(map(str, self.exact))
+        room = min(count.room(outline, frozenset(), moves[0]) for count in self.exact)
+        nearest: list[str] = []
+        for limit, bound in itertools.zip_longest(self.limits, bounds):
+            way = apart(most_saving(outline, moves, [bound]), room)
+            left = bound.costs.left(outline, frozenset().union(*(move.blocks for move in way)))
+            share = math.floor(1000 * (1 - left / bound.costs.whole)) / 10
+            nearest.append(limit.nearest(bound.costs, left) if limit else f"params=-{share:g}%")
+        had = f"with {number} the nearest is {' and '.join(nearest)}" if nearest else "these are not as many moves"
+        raise InputError(
+            f"{self} cannot be had: {had}{', each by itself' if len(nearest) > 1 else ''}",
+            fix=f"ask for what there is, or leave out {number}, so that as many go as it takes",
+        )
 
 
 def parse_target(text: str) -> Target | Goals:
