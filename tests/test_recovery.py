@@ -85,7 +85,8 @@ def test_a_block_that_is_exactly_linear_is_replaced_without_loss(family):
     (gap,) = record.gaps
     assert gap.error < 1e-9
     assert record.recovered.value == pytest.approx(record.dense.value, abs=1e-5)
-    assert record.recovered_share == pytest.approx(1, abs=1e-3)
+    if record.pruned.value > record.dense.value:  # of random weights either may be better
+        assert record.recovered_share == pytest.approx(1, abs=1e-3)
     assert record.added_parameters == repair.added_parameters == gap.added_parameters == 32 * 32 + 32
     expected = logits(model, other)
     with repaired(model, anatomy, mask, repair):

@@ -21,7 +21,7 @@ MAX_JSON_BYTES = 256 * 2**20
 _REFUSED_WRITES = frozenset(
     getattr(errno, f"E{name}")
     for name in (
-        *("ACCES", "DQUOT", "EXIST", "FBIG", "IO", "ISDIR", "MFILE", "NOENT"),
+        *("ACCES", "DQUOT", "EXIST", "FBIG", "IO", "ISDIR", "MFILE"),
         *("NAMETOOLONG", "NFILE", "NOSPC", "NOTDIR", "NOTEMPTY", "PERM", "ROFS"),
     )
 )
@@ -81,7 +81,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     check_new_folder(path)
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        except FileNotFoundError as error:  # as in /proc
+            raise PermissionError(errno.EPERM, "nothing can be made there") from error
         try:
             yield aside
             for file in sorted(aside.rglob("*")):
