@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blockpruner import cli
 
+torch.set_num_threads(1)  # on work this small, threads wait for each other longer than they compute
+
 Said = namedtuple("Said", ["code", "out", "err"])
 
 SAMPLE = (
@@ -63,7 +65,6 @@ def prose(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tokenizer, prose):
     """A folder with a tiny Llama that has learned `prose`, with its attention.2 held at zero, and `tokenizer`."""
-    torch.set_num_threads(1)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

@@ -20,7 +20,6 @@ gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate only")
 
-torch.set_num_threads(2)
 HIDDEN, VOCABULARY = 32, 300
 SHAPES = {
     "attn_norm": (HIDDEN,),

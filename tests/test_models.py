@@ -32,8 +32,6 @@ from blockpruner.loading import ggufs, models
 from blockpruner.loading.models import fingerprint, load, load_tokenizer, resolve, stored_dtype
 from blockpruner.loading.strict import quietly
 
-torch.set_num_threads(2)
-
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 16,

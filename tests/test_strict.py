@@ -35,8 +35,6 @@ from blockpruner.errors import InputError, MachineError, UnsupportedModelError
 from blockpruner.loading.gate import check_checkpoint
 from blockpruner.loading.strict import auto_class, quietly, read_weights
 
-torch.set_num_threads(2)
-
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 16,

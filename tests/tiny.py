@@ -15,7 +15,6 @@ from transformers.utils import logging
 from blockpruner.anatomy.reading import Anatomy, read_anatomy
 
 logging.set_verbosity_error()
-torch.set_num_threads(1)  # on work this small, threads wait for each other longer than they compute
 
 LanguageModel = Any  # a PreTrainedModel that generates; type checkers know neither that nor its modules
 

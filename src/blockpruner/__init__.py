@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from blockpruner import autoload
 
 if TYPE_CHECKING:
-    from blockpruner.api import bench, evaluate, explain, inspect, recover, save, score, search
+    from blockpruner.api import bench, evaluate, explain, inspect, pareto, recover, save, score, search
     from blockpruner.blocks import Block, Move
     from blockpruner.errors import BlockprunerError
     from blockpruner.loading.models import load
@@ -30,6 +30,7 @@ __all__ = [
     "explain",
     "inspect",
     "load",
+    "pareto",
     "prune_",
     "recover",
     "save",
@@ -48,6 +49,7 @@ _HOME = {
     "explain": "blockpruner.api",
     "inspect": "blockpruner.api",
     "load": "blockpruner.loading.models",
+    "pareto": "blockpruner.api",
     "prune_": "blockpruner.surgery.removal",
     "recover": "blockpruner.api",
     "save": "blockpruner.api",

@@ -23,10 +23,10 @@ from blockpruner.evaluation.quality import evaluate_masks
 from blockpruner.evaluation.speed import Benchmark
 from blockpruner.evaluation.suites import chosen_tasks
 from blockpruner.evaluation.timing import parse_protocol
+from blockpruner.frontier import WITHIN, Pareto, pareto_of
 from blockpruner.importance.criterion import Criterion
 from blockpruner.inquiry import CHEAP, inquire
 from blockpruner.mending import mend
-from blockpruner.pareto import WITHIN, Pareto, pareto_of
 from blockpruner.plan import Plan
 from blockpruner.planning import find_plan, prepare
 from blockpruner.repairs.recovery import RecoveryRecord

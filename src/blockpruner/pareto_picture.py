@@ -8,7 +8,7 @@ from typing import Any
 
 from blockpruner.artifacts import write_bytes
 from blockpruner.errors import CheckFailedError, missing_extra
-from blockpruner.pareto import AXES, Advice, Pareto, pairs_on
+from blockpruner.frontier import AXES, Advice, Pareto, pairs_on
 
 WIDTH, HEIGHT, MARGIN = 380, 300, 12  # pixels of a panel, and beside the points
 LINE, LETTER = 15, 6.5  # pixels of a line of text, and about those of a letter

@@ -3,7 +3,7 @@
 from blockpruner.console import table
 from blockpruner.evaluation.speed import Benchmark, Cell, Figures
 from blockpruner.evaluation.timing import SpeedUp, Timing
-from blockpruner.pareto import AXES, Pareto, Point
+from blockpruner.frontier import AXES, Pareto, Point
 from blockpruner.searching.costs import readable_bytes
 
 

@@ -37,8 +37,8 @@ def explain(
     """Say why each block went. Cheap scores beside it, which tokens pay, what it did to the stream, its partners."""
     from blockpruner.explaining import explain as explained
     from blockpruner.explanation_tables import print_explanation
+    from blockpruner.frontier import plan_file
     from blockpruner.inquiry import CHEAP, inquire
-    from blockpruner.pareto import plan_file
     from blockpruner.plan import Plan
     from blockpruner.registry import split_methods
 
