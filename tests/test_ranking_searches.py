@@ -247,6 +247,15 @@ def test_a_number_of_blocks_that_no_span_has_is_refused():
         price(Span(), toy_problem(4, "block", "blocks=3"))
 
 
+def test_a_number_that_the_layers_of_one_stack_have_is_met_by_these():
+    outline = toy_outline(4, stack="encoder")
+    more = [Block(kind, layer, "decoder") for layer in range(4) for kind in ("attention", "cross_attention", "mlp")]
+    both = Outline((*outline.blocks, *more), dict.fromkeys((*outline.blocks, *more), 10), 400)
+    result = run(Span(), Problem(both, "block", Target.parse("blocks=8")), Toy(tangled), scorer=by_name())
+    assert {block.stack for step in result.steps for block in step.move.blocks} == {"encoder"}
+    assert len(result.steps) == 4
+
+
 def test_a_span_lies_in_one_stack():
     problem = Problem(two_stacks(2, 3), "layer", Target.parse("layers=3"))
     result = run(Span(), problem, Toy(tangled), scorer=by_name())

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from toys import Toy, additive, plan_of, tangled, toy_outline, toy_problem
 
 from blockpruner.artifacts import Estimate
-from blockpruner.blocks import Block, Outline
+from blockpruner.blocks import Block, Move, Outline
 from blockpruner.errors import InputError
 from blockpruner.searches import SEARCHES
 from blockpruner.searches.enumeration import Enumeration
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.greedy import Greedy
 from blockpruner.searches.knapsack import Knapsack, cheapest
-from blockpruner.searches.one_shot import gone
+from blockpruner.searches.one_shot import begun, gone
 from blockpruner.searching import driver
 from blockpruner.searching.contract import DENSE, Problem, Stop
 from blockpruner.searching.costs import Costs, CostTable, format_bytes, parse_bytes, parse_card
@@ -439,3 +439,32 @@ def test_scores_of_an_earlier_run_seed_a_knapsack(run, words, checkpoint, prose)
     assert one == other
     again = run(*words[:-2], "other", "--search", "iterative", *aim, "scored/scores.json")
     assert (again.code, "other blocks are gone" in again.err or "no score" in again.err) == (2, True)
+
+
+def two_kinds(attention, mlp):
+    """Costs to which each attention and each mlp of `toy_outline` adds so much."""
+    outline = toy_outline(4)
+    each = {block: float(mlp if block.kind == "mlp" else attention) for block in outline.blocks}
+    return Costs(100.0 + sum(each.values()), each, {}, "bytes", "a toy")
+
+
+def test_a_number_beside_two_targets_that_ask_for_different_kinds_takes_some_of_each():
+    """Memory that attentions hold and parameters that are in mlps: two of each meet both, four of one kind neither."""
+    found = parse_target("blocks=4,params=-20%,memory=120B")
+    assert isinstance(found, Goals)
+    costs = {limit.workload: two_kinds(10, 0) for limit in found.limits}
+    problem = Problem(toy_outline(4), "block", found.bound(costs), sizes=(2, 3))
+    sets = [gone(step.move for step in follow(search, problem).steps) for search in (Exhaustive(), Greedy())]
+    sets.append(gone(next(cheapest(problem, dict.fromkeys(problem.offered(DENSE), 1.0)))))
+    for mask in sets:
+        assert sorted(block.kind for block in mask) == ["attention"] * 2 + ["mlp"] * 2
+
+
+def test_a_plan_to_start_from_that_cannot_meet_the_target_is_told_from_one_of_other_moves():
+    found = parse_target("blocks=3,memory=112B")  # three attentions
+    assert isinstance(found, Goals)
+    costs = {limit.workload: two_kinds(10, 0) for limit in found.limits}
+    start = (Move.parse("mlp.0"), Move.parse("mlp.1"), Move.parse("mlp.2"))
+    problem = Problem(toy_outline(4), "block", found.bound(costs), start=start)
+    with pytest.raises(InputError, match=r"with mlp\.0 of the plan to start from gone, .* cannot be met"):
+        begun(problem)

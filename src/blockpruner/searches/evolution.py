@@ -168,6 +168,6 @@ def _best(losses: Losses) -> list[Mask]:
 def _path(problem: Problem, moves: Iterable[Move]) -> State:
     """Those of `moves` that can be taken, in tie order, those that must wait for others after these."""
     path, wanted = (), frozenset(moves)
-    while new := tuple(move for move in problem.moves(_gone(path)) if move in wanted):
+    while new := tuple(move for move in problem.offered(_gone(path)) if move in wanted):
         path += new
     return path

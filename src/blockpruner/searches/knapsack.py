@@ -47,7 +47,7 @@ class Knapsack:
 
     def propose(self, problem: Problem) -> Proposals:
         _check(problem)
-        answer: Scores = yield Ranked(DENSE, problem.moves(DENSE))
+        answer: Scores = yield Ranked(DENSE, problem.offered(DENSE))
         lowest(answer)  # fails if none is finite
         scores = {move: score.value for move, score in answer.items() if score is not None}
         losses: dict[Mask, Estimate | None] = {}

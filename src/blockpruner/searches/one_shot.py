@@ -68,6 +68,11 @@ def begun(problem: Problem) -> tuple[Move, ...]:
         left = move.blocks
         while left and not problem.reached(gone(taken), len(taken)):
             parts = [part for part in problem.moves(gone(taken)) if part.blocks <= left]
+            if not parts and any(part.blocks <= left for part in problem.offered(gone(taken))):
+                raise InputError(
+                    f"with {Move(left)} of the plan to start from gone, {problem.target} cannot be met",
+                    fix="leave out --from, or the number of blocks or layers",
+                )
             if not parts:
                 raise InputError(
                     f"the plan to start from takes {Move(left)}, which no {problem.granularity!r} move on offer takes",

@@ -53,16 +53,18 @@ def _spans(problem: Problem) -> tuple[Move, ...]:
         raise InputError(
             f"a span is made of whole layers, and the moves are {problem.granularity!r}", fix="use --moves layer"
         )
-    length = 1
+    length, inexact = 1, 0
     while spans := offered(f"span={length}", problem.outline, DENSE, problem.protected):
         if enough := tuple(span for span in spans if problem.reached(span.blocks, length)):
             if exact := tuple(s for s in enough if not problem.target.exceeded(problem.outline, s.blocks, length)):
                 return exact
-            raise InputError(
-                f"{problem.target} cannot be met exactly by a span: one of {length} whole layers is too long",
-                fix="ask for another number, or use another search",
-            )
+            inexact = inexact or length
         length += 1
+    if inexact:
+        raise InputError(
+            f"{problem.target} cannot be met exactly by a span: one of {inexact} whole layers is too long",
+            fix="ask for another number, or use another search",
+        )
     raise InputError(
         f"no span reaches {problem.target}: at most {length - 1} layers that may go follow each other in one stack",
         fix="ask for less, protect fewer layers, or use another search",

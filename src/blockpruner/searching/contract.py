@@ -91,7 +91,7 @@ class Problem:
     start: tuple[Move, ...] = ()
 
     def __post_init__(self) -> None:
-        self.target.check(self.outline, self.granularity, self._offered(DENSE))
+        self.target.check(self.outline, self.granularity, self.offered(DENSE))
 
     @property
     def batches(self) -> int:
@@ -100,13 +100,14 @@ class Problem:
 
     def moves(self, mask: Mask) -> tuple[Move, ...]:
         """The moves on offer on top of `mask`, in tie order; none after which the target cannot be met any more."""
-        return self.target.leading(self.outline, mask, self._offered(mask), self._bounds)
+        return self.target.leading(self.outline, mask, self.offered(mask), self._bounds)
 
     @cached_property
     def _bounds(self) -> Sequence[Bound]:
         return self.target.bounds(self.outline)
 
-    def _offered(self, mask: Mask) -> tuple[Move, ...]:
+    def offered(self, mask: Mask) -> tuple[Move, ...]:
+        """The moves on top of `mask`, in tie order, whatever the target is."""
         lookup(self.granularity, GRANULARITIES, "kind of move")
         return offered(self.granularity, self.outline, mask, self.protected)
 

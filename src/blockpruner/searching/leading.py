@@ -1,11 +1,14 @@
 """Moves after which so many in all can still save enough, for a number of blocks that is met beside other targets."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 from blockpruner.blocks import Mask, Move, Outline
 from blockpruner.searching.costs import Costs
+
+Saved = tuple[float, ...]  # by a move, of each bound's cost
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,48 @@ def leading(
 ) -> tuple[Move, ...]:
     """Those of `moves` on top of `mask` with which `room` moves, no more and no less, can meet all `bounds`.
 
-    A move does if those that save most of the others make up the number with it. The first of these does so too then,
-    so that whoever goes by steps always finds a next one. With one bound no move is missed, but for what layers share;
-    with several, what saves most is what does by the mean of the shares of what they need.
+    A move does if others make up the number with it: one after the other those that save most of what is still to be
+    saved. The first of these does so too then, so that whoever goes by steps always finds a next one. With one bound no
+    move is missed, but for what layers share; with several, few are.
     """
-    order = most_saving(outline, moves, bounds)
+    alike: dict[Saved, list[Move]] = {}
+    for move in most_saving(outline, moves, bounds):
+        alike.setdefault(tuple(bound.saving(outline, move) for bound in bounds), []).append(move)
     left = [bound.costs.left(outline, mask) for bound in bounds]
 
-    def enough(move: Move) -> bool:
-        way = apart((move, *order), room)
-        return 0 < len(way) == room and all(
+    def enough(move: Move, saved: Saved) -> bool:
+        still = [before - float(b.most) - one for before, b, one in zip(left, bounds, saved, strict=True)]
+        way = [move, *_others(move, room - 1, alike, [b.needed for b in bounds], still)]
+        return len(way) == room and all(
             _within(bound, before, outline, mask, way) for bound, before in zip(bounds, left, strict=True)
         )
 
-    return tuple(move for move in moves if enough(move))
+    found = {move for saved, group in alike.items() for move in group if enough(move, saved)}
+    return tuple(move for move in moves if move in found)
+
+
+def _others(
+    first: Move, number: int, alike: Mapping[Saved, Sequence[Move]], needed: Sequence[float], still: Sequence[float]
+) -> Iterator[Move]:
+    """So many moves beside `first`, each the one that saves the most shares of what is still to be saved."""
+    gone, at = first.blocks, dict.fromkeys(alike, 0)
+
+    def worth(saved: Saved) -> float:
+        each = zip(saved, still, needed, strict=True)
+        shares = (min(one, more) / whole for one, more, whole in each if whole > 0 and more > 0)
+        return round(math.fsum(shares), 12)  # equals are equal, however they were summed up
+
+    for _ in range(number):
+        for saved, group in alike.items():
+            while at[saved] < len(group) and not gone.isdisjoint(group[at[saved]].blocks):
+                at[saved] += 1
+        open_ = [saved for saved, group in alike.items() if at[saved] < len(group)]
+        if not open_:
+            return
+        best = max(open_, key=worth)
+        yield (move := alike[best][at[best]])
+        gone |= move.blocks
+        still = [more - one for more, one in zip(still, best, strict=True)]
 
 
 def most_saving(outline: Outline, moves: Sequence[Move], bounds: Sequence[Bound]) -> list[Move]:

@@ -216,7 +216,8 @@ class Goals:
             nearest.append(limit.nearest(bound.costs, left) if limit else f"params=-{share:g}%")
         had = f"with {number} the nearest is {' and '.join(nearest)}" if nearest else "these are not as many moves"
         raise InputError(
-            f"{self} cannot be had: {had}{', each by itself' if len(nearest) > 1 else ''}",
+            f"{self} {'was not found' if len(bounds) > 1 else 'cannot be had'}: {had}"
+            f"{', each by itself' if len(nearest) > 1 else ''}",
             fix=f"ask for what there is, or leave out {number}, so that as many go as it takes",
         )
 
