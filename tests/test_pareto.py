@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from blockpruner.artifacts import Estimate
 from blockpruner.errors import CheckFailedError, InputError
 from blockpruner.frontier import Pareto, Point, depths, front, knee, pareto_of, read_plans, within
-from blockpruner.pareto_picture import HEIGHT, WIDTH, heights, labels, picture, widths
+from blockpruner.frontier_picture import HEIGHT, WIDTH, heights, labels, picture, widths
 from blockpruner.plan import Plan
 from blockpruner.subject import subject_of
 from blockpruner.weighing_tables import print_pareto

@@ -195,7 +195,8 @@ def evaluate(
     whole = Contestant(model, tokenizer, anatomy)
     windows = wanted.windows(whole)
     known = [] if windows is None else evaluate_masks(model, anatomy, windows, named, mean=wanted.mean)
-    with run_folder(Path(run), sources=_folder(model)) if run is not None else nullcontext():
+    folder = _folder(model)
+    with run_folder(Path(run), sources=[folder] if folder else []) if run is not None else nullcontext():
         return assess(
             list(named),
             lambda name: nullcontext(replace(whole, mask=named[name])),
@@ -266,10 +267,10 @@ def _check_names(masks: Mapping[str, Iterable[Block]] | None) -> None:
 
 def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Subject:
     """`model` under the name it was loaded by, with the folder it came from."""
-    return subject_of(model, tokenizer, model.name_or_path or type(model).__name__, next(iter(_folder(model)), None))
+    return subject_of(model, tokenizer, model.name_or_path or type(model).__name__, _folder(model))
 
 
-def _folder(model: PreTrainedModel) -> list[Path]:
+def _folder(model: PreTrainedModel) -> Path | None:
     """The folder that `model` was loaded from, if it was one."""
     folder = Path(model.config.name_or_path or "")
-    return [folder] if model.config.name_or_path and folder.is_dir() else []
+    return folder if model.config.name_or_path and folder.is_dir() else None

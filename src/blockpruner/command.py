@@ -95,6 +95,19 @@ def say_price(price: "Price", task: "Task") -> None:
         say(f"target: {task.problem.target} (costs: {sources})")
 
 
+def priced(task: "Task", as_json: bool) -> "Price":
+    """The price of a search, said; as_json: on standard output too."""
+    from blockpruner.price import quote
+
+    if task.replacing:
+        say(f"recovery inside the search: {task.replacing.identity}")
+    price = quote(task)
+    say_price(price, task)
+    if as_json:
+        print_json(price.model_dump(mode="json"))
+    return price
+
+
 def say_spent(receipt: "Receipt") -> None:
     """What a search took, beside its price."""
     said, spent = receipt.said, receipt.spent

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockpruner.command import crew_of, opened, print_json, say_price, say_spent, stream_memory, verb
+from blockpruner.command import crew_of, opened, priced, print_json, say_spent, stream_memory, verb
 from blockpruner.console import Progress, duration, say
 from blockpruner.options import (
     LOADING,
@@ -30,8 +30,7 @@ from blockpruner.options import (
 
 if TYPE_CHECKING:
     from blockpruner.plan import Plan
-    from blockpruner.planning import Task
-    from blockpruner.price import Price
+    from blockpruner.price import Receipt
 
 
 @verb("blockpruner inspect demo")
@@ -166,32 +165,20 @@ def search(
         **vars(how),
         **text.options(),
     )
-    price = _priced(task, as_json and dry_run)
+    price = priced(task, as_json and dry_run)
     if dry_run:
         return
     plan, receipt = search_for(task, price, run, Progress(), budget, crew)
-    say_spent(receipt)
-    _say_plan(plan, run, as_json)
+    _say_found(plan, receipt, run, as_json)
     if plan.stop_reason == Stop.INTERRUPTED:
         raise KeyboardInterrupt
     _say_next(run, model, calibration, how.recovery)
 
 
-def _priced(task: "Task", as_json: bool) -> "Price":
-    from blockpruner.price import quote
-
-    if task.replacing:
-        say(f"recovery inside the search: {task.replacing.identity}")
-    price = quote(task)
-    say_price(price, task)
-    if as_json:
-        print_json(price.model_dump(mode="json"))
-    return price
-
-
-def _say_plan(plan: "Plan", run: Path, as_json: bool) -> None:
+def _say_found(plan: "Plan", receipt: "Receipt", run: Path, as_json: bool) -> None:
     from blockpruner.tables import print_plan
 
+    say_spent(receipt)
     say(f"plan: {run / 'plan.json'} ({plan.stop_reason})")
     if as_json:
         print_json(plan.model_dump(mode="json"))

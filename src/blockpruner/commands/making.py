@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from blockpruner.command import crew_of, opened, opened_for, print_json, say_price, say_spent, stream_memory, verb
+from blockpruner.command import crew_of, opened, opened_for, priced, print_json, say_spent, stream_memory, verb
 from blockpruner.console import Progress, say
 from blockpruner.errors import InputError
 from blockpruner.options import (
@@ -107,8 +107,6 @@ def recover(
     check_new_folder(out, sources=(pruned,) if pruned.is_dir() else ())
     check_installed(parse_chain(method, seed=seed))  # a mistake is said before the model is loaded
     plan = _plan_of(pruned)
-    if (plan.parent / "recovery.json").is_file():
-        say(f"{pruned} was recovered before: this begins anew, so name all methods together, as in linear,lora")
     subject = opened_for(plan, dense, loading, "--dense")
     task = prepare(
         subject,
@@ -143,6 +141,8 @@ def _plan_of(pruned: Path) -> Path:
     plan = pruned / "plan.json" if pruned.is_dir() else pruned
     if not plan.is_file():
         raise InputError(f"{plan} is not a file", fix="give a plan.json, or a folder that `blockpruner prune` wrote")
+    if (plan.parent / "recovery.json").is_file():
+        say(f"{pruned} was recovered before: this begins anew, so name all methods together, as in linear,lora")
     return plan
 
 
@@ -177,7 +177,7 @@ def run_recipe(
 ) -> None:
     """Do what a paper did, on any model. Search, save the smaller model, measure it beside random removals."""
     from blockpruner import pipeline
-    from blockpruner.price import NAME, Receipt, quote
+    from blockpruner.price import NAME, Receipt
     from blockpruner.recipe import Recipe
     from blockpruner.tables import print_outcome
 
@@ -198,11 +198,8 @@ def run_recipe(
     folder = run or Path("runs", f"{Path(recipe).stem}-{Path(model).name}")
     subject = replace(opened(model, loading), stored=None)  # what is saved has the dtype that was loaded
     task = pipeline.prepared(chosen, subject, folder, Progress())
-    price = quote(task)
-    say_price(price, task)
+    price = priced(task, as_json and dry_run)
     if dry_run:
-        if as_json:
-            print_json(price.model_dump(mode="json"))
         return
     outcome, plan, _ = pipeline.run(chosen, task, price, folder, progress=Progress(), crew=crew)
     say_spent(Receipt.load(folder / NAME))

@@ -92,7 +92,7 @@ def pareto(
     """Weigh quality against size, cache and speed. All depths of one or several plans, and where to begin."""
     from blockpruner.artifacts import run_folder
     from blockpruner.frontier import pareto_of, plan_file, read_plans
-    from blockpruner.pareto_picture import picture
+    from blockpruner.frontier_picture import picture
     from blockpruner.searching.costs import parse_card
     from blockpruner.weighing_tables import print_pareto
 

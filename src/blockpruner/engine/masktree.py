@@ -132,6 +132,7 @@ class MaskTree:
         self.model = model
         self.layers = stack.layers
         self._filling = filling
+        self._extra = without_cache(model)
         self._recorders = self._layers_as(_Recorder)
         self._injectors = self._layers_as(_Injector)
 
@@ -188,7 +189,7 @@ class MaskTree:
         handle = last.register_forward_hook(enough)
         try:
             with replaced(self.model, self._recorders), contextlib.suppress(Enough):
-                self.model(**inputs, **without_cache(self.model))
+                self.model(**inputs, **self._extra)
             return [r.call for r in self._recorders.values() if isinstance(r, _Recorder) and r.call]
         finally:
             handle.remove()
@@ -206,7 +207,7 @@ class MaskTree:
         try:
             with replaced(self.model, self._injectors):
                 given = {name: value[:, positions] for name, value in inputs.items()}
-                return output_of(self.model(**given, **without_cache(self.model)))
+                return output_of(self.model(**given, **self._extra))
         finally:
             del first.state
 

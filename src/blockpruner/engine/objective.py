@@ -77,6 +77,7 @@ class ModelObjective(BatchByBatch):
         self.batches = len(self._parts)
         self.sizes = tuple(len(part) * self.pieces for part in self._parts)
         self._planned: tuple[Sequence[Sequence[Mask]], list[Work]] = ((), [])
+        self._extra = without_cache(model)
         self._head: Head | None = None  # where losses come from states, without logits
         self._state_bytes = 0  # of one token, where there is a tree
         self.moved = Traffic()  # by now
@@ -250,7 +251,7 @@ class ModelObjective(BatchByBatch):
     def _pass(self, mask: Mask, part: Examples) -> Tensor:
         self.moved += Traffic(read=self._read_bytes)
         with self._without(mask):
-            return output_of(self.model(**part.inputs, **without_cache(self.model)))[:, _positions(part)]
+            return output_of(self.model(**part.inputs, **self._extra))[:, _positions(part)]
 
     def _without(self, mask: Mask) -> AbstractContextManager[None]:
         """The model as plain forward passes see it without a mask, with what stands in its gaps."""
@@ -306,7 +307,7 @@ class ModelObjective(BatchByBatch):
         states: list[Tensor | None] = []
         handle = last.register_forward_hook(lambda _module, _args, output: states.append(first_tensor(output)))
         try:
-            output = output_of(self.model(**inputs, **without_cache(self.model)))
+            output = output_of(self.model(**inputs, **self._extra))
         finally:
             handle.remove()
         if not states or states[-1] is None:

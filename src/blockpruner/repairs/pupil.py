@@ -70,6 +70,7 @@ class Ends:
         self.layers: tuple[Layer, ...] = (decoders or anatomy.stacks)[-1].layers
         every = [layer for stack in anatomy.stacks for layer in stack.layers]
         self.through = {layer.path: stand_in_for(model.get_submodule(layer.path), layer.through) for layer in every}
+        self.extra = without_cache(model)
 
     def body(self, part: Examples, also: Sequence[str] = (), until: str | None = None) -> tuple[Tensor, States]:
         """The state behind the last layer [rows, tokens, hidden], and those behind the layers at the paths `also`.
@@ -85,7 +86,7 @@ class Ends:
         with watched(self.model, also) as states, contextlib.suppress(Enough):
             handle = self.model.get_submodule(until or self.layers[-1].path).register_forward_hook(last)
             try:
-                self.model(**part.inputs, **without_cache(self.model))
+                self.model(**part.inputs, **self.extra)
             finally:
                 handle.remove()
         return found[0], states
@@ -102,7 +103,7 @@ class Ends:
         handle = self.through[first.path].register_forward_pre_hook(put, with_kwargs=True)
         try:
             with replaced(self.model, self.through):
-                return self.model(**inputs, **without_cache(self.model)).logits
+                return self.model(**inputs, **self.extra).logits
         finally:
             handle.remove()
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockpruner.anatomy.probing import MISFIT, vocabulary_size, without_cache
+from blockpruner.anatomy.probing import MISFIT, vocabulary_size
 from blockpruner.errors import InputError, is_out_of_memory
 from blockpruner.metrics import divergences, token_losses
 from blockpruner.repairs.pupil import Ends, Pupil, States, watched
@@ -104,10 +104,10 @@ class Predictions:
         model, wanted, behind = self.pupil.model, None, {}
         if self.loss == "kl" or self.hidden:
             with torch.no_grad(), watched(model, self.paths) as behind:
-                wanted = model(**row.inputs, **without_cache(model)).logits
+                wanted = model(**row.inputs, **self.ends.extra).logits
         with self.pupil.pruned():
             with watched(model, self.paths) as states:
-                logits = model(**row.inputs, **without_cache(model)).logits
+                logits = model(**row.inputs, **self.ends.extra).logits
             value = self._values(logits, wanted if self.loss == "kl" else None, row.targets)
             value = value + self._hidden(states, behind, row) if self.hidden else value
             (value * scale).backward()
@@ -142,7 +142,7 @@ class Predictions:
         with self.pupil.pruned():
             if self.whole:
                 for row in part.rows():
-                    logits = self.pupil.model(**row.inputs, **without_cache(self.pupil.model)).logits
+                    logits = self.pupil.model(**row.inputs, **self.ends.extra).logits
                     here = row.targets != IGNORED
                     total += float(token_losses(logits[here], row.targets[here]).double().sum())
                 return total

@@ -155,9 +155,7 @@ class Race:
                 break
         kept = running[:keep]
         ties = running[keep:] if kept and len(held[kept[0]]) < total else ()
-        base = _over(kept[-1], whole, held, problem, before) if kept else None
-        estimates = {mask: base and _estimate(mask, kept[-1], base, held, total, before) for mask in masks}
-        return Outcome(kept, ties, held, estimates)
+        return Outcome(kept, ties, held, _estimates(kept, held, whole, problem.unit, before))
 
 
 def _rounds(sizes: Sequence[int]) -> list[int]:
@@ -187,22 +185,22 @@ def _apart(
     return difference(finite, total, alpha)
 
 
-def _over(mask: Mask, whole: Values, held: Mapping[Mask, Values], problem: Problem, before: Earlier) -> Estimate:
-    """The mean of `mask` over all pieces: that of the whole model, and the difference to it.
+def _estimates(
+    kept: Sequence[Mask], held: Mapping[Mask, Values], whole: Values, unit: str, before: Earlier
+) -> dict[Mask, Estimate | None]:
+    """The mean of each mask over all pieces: of the whole model, and the differences to it of the last one kept, and to
+    that of the others. Means over what was looked at would say as much about which pieces these are."""
+    if not kept:
+        return dict.fromkeys(held)
+    last, total = kept[-1], len(whole)
+    seen, earlier = {**held, DENSE: whole}, [{**step, DENSE: whole} for step in before]
+    base = _sum(Estimate.of(whole, unit), _apart(last, DENSE, seen, total, earlier), len(held[last]))
+    return {mask: base if mask == last else _beside(base, mask, last, held, total, before) for mask in held}
 
-    The mean over what `mask` was seen on would say as much about which pieces these are.
-    """
-    pairs = [(step[mask], whole) for step in (held, *before) if all(map(math.isfinite, step.get(mask, (math.nan,))))]
-    found, all_of_it = difference(pairs, len(whole)), Estimate.of(whole, problem.unit)
-    return _sum(all_of_it, found, len(held[mask]))
 
-
-def _estimate(
-    mask: Mask, last: Mask, base: Estimate, held: Mapping[Mask, Values], total: int, before: Earlier
+def _beside(
+    base: Estimate, mask: Mask, last: Mask, held: Mapping[Mask, Values], total: int, before: Earlier
 ) -> Estimate | None:
-    """The mean of `mask` over all pieces: that of `last`, and the difference to it."""
-    if mask == last:
-        return base
     if not all(map(math.isfinite, held[mask])):
         return None
     return _sum(base, _apart(mask, last, held, total, before), len(held[mask]))
