@@ -7,7 +7,8 @@ to agree with, runs on the first draw alone. Final losses are those on the calib
 counts of the published loop (every candidate, every token, a full pass) are arithmetic, and are checked by the plain
 loop of search_cost.py. Work is also given as one number: as operations, two per weight and token, and as seconds, at
 what a token costs in blocks and in the head on the machine of the run. RUNS keeps what is known: the same command goes
-on. The figures become `racing` in the JSON.
+on, and draws that are in the JSON already, for the same model and settings, stay as they are, each with its commit. The
+figures become `racing` in the JSON.
 """
 
 import argparse
@@ -45,22 +46,51 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     subject = open_subject(load("demo", dtype="bfloat16"))
-    rows = {draw: searched(subject, options, draw, "greedy") for draw in range(options.draws)}
-    reference = searched(subject, options, 0, "exhaustive") if options.reference else None
-    shares = [row["share of the published loop"]["operations"] for row in rows.values()]
-    figures = {
-        "command": 'python benchmarks/racing.py --data "$BLOCKPRUNER_DATA" --json experiments/search_cost.json',
-        "commit": commit(),
-        "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
+    figures = begun(subject, options)
+    for draw in map(str, range(options.draws)):
+        if draw not in figures["draws"]:
+            figures["draws"][draw] = searched(subject, options, int(draw), "greedy")
+            write(options.json, figures)
+    if options.reference and not figures["reference"]:
+        figures["reference"] = searched(subject, options, 0, "exhaustive")
+        write(options.json, figures)
+    print(json.dumps(figures.get("share of the published loop"), indent=1))
+
+
+def begun(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
+    """What is in the JSON for this model and these settings, or the beginning of it."""
+    settings = {
         "settings": {key: getattr(options, key) for key in ("tokens", "window", "removed")},
         "model": subject.identity.model_dump(mode="json"),
-        "share of the published loop": {"median": statistics.median(shares), "worst": max(shares)},
-        "draws": rows,
-        "reference": reference,
     }
-    kept = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
-    options.json.write_text(json.dumps(kept | {"racing": figures}, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: figures[key] for key in ("share of the published loop",)}, indent=1))
+    kept = read(options.json).get("racing", {})
+    if settings.items() <= kept.items():
+        return kept
+    return {
+        "command": 'python benchmarks/racing.py --reference --data "$BLOCKPRUNER_DATA" '
+        "--json experiments/search_cost.json",
+        "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
+        **settings,
+        "draws": {},
+        "reference": None,
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write(path: Path, figures: dict[str, Any]) -> None:
+    """Put them into the file beside what else is there, with what they come to."""
+    spent = [row["share of the published loop"]["operations"] for row in figures["draws"].values()]
+    if spent:
+        figures["share of the published loop"] = {"median": statistics.median(spent), "worst": max(spent)}
+    reference, first = figures["reference"], figures["draws"].get("0")
+    if reference and first:
+        figures["loss beside the reference"] = first["loss"]["value"] / reference["loss"]["value"] - 1
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(read(path) | {"racing": figures}, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def searched(subject: Subject, options: argparse.Namespace, draw: int, search: str) -> dict[str, Any]:
@@ -79,6 +109,7 @@ def searched(subject: Subject, options: argparse.Namespace, draw: int, search: s
     plan = find_plan(task, options.runs / f"{search}-{draw}", Progress())
     assert plan.work is not None
     return {
+        "commit": commit(),
         "search": plan.method.search if plan.method else "",
         "documents": documents,
         "steps": ["+".join(map(str, step.blocks)) for step in plan.steps],
