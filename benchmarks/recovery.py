@@ -16,8 +16,9 @@ is never the smaller one, and by less than one block the larger.
 fitted to it too, so that recovery inside the search stands beside recovery after it; blocks differ in size, so compare
 rows by their parameters.
 
-A row is a plan, a method, what it was fitted on, a number of removals and a text. Rows are written as they come, and
-the same command goes on after an interruption; a method that fails is a row that says why.
+A row is a plan, a method, what it was fitted on, a number of removals, a dtype and a text, and stands beside plain rows
+of its own dtype. Rows are written as they come, and the same command goes on after an interruption; a method that fails
+is a row that says why.
 """
 
 import argparse
@@ -59,15 +60,20 @@ CLOSED = (
     "span",
     "span:rank=64",
 )
+# Settings for few tokens: a step for every four windows, and larger ones.
+FEW = "tokens={tokens},patience=0,accumulate=1,evaluate_every=24"
 # {tokens}: those of --trained, which all of them see, in steps of 16 windows; maps, in chains or alone, are fitted on
 # them too, so that what comes of training is apart from what comes of more text.
 TRAINED = (
     "linear:rank=64",
     "linear",
+    "linear:target=dense",
     "adapter:rank=64,tokens={tokens},patience=0",
     "lora:tokens={tokens},patience=0,accumulate=4",
     "linear:rank=64,lora:tokens={tokens},patience=0,accumulate=4",
     "linear,lora:tokens={tokens},patience=0,accumulate=4",
+    f"span,lora:{FEW},lr=1e-3,rank=16,alpha=32,loss=kl",
+    f"span,distill:{FEW},lr=1e-4",
     "streamline:tokens={tokens},patience=0",
     "linear:rank=64,streamline:tokens={tokens},patience=0",
     "linear:rank=64,distill:tokens={tokens},patience=0",
@@ -132,7 +138,6 @@ class Bench:
         """What an earlier session has left; InputError if that was under other settings."""
         settings = {
             "model": self.subject.identity.model_dump(mode="json"),
-            "dtype": self.subject.dtype,
             "orders": {name: [list(step.remove) for step in plan.steps] for name, plan in self.plans.items()},
             "fitted": {
                 ("trained" if kind else "closed"): data.record.model_dump(mode="json")
@@ -215,7 +220,8 @@ class Bench:
 
     def _named(self, run: Run) -> dict[str, Any]:
         fitted = "trained" if run.trained else "closed"
-        return {"plan": run.plan, "method": run.method or "plain", "removed_blocks": run.blocks, "fitted": fitted}
+        named = {"plan": run.plan, "method": run.method or "plain", "removed_blocks": run.blocks, "fitted": fitted}
+        return {**named, "dtype": self.subject.dtype}
 
     def _recovered(self, run: Run, mask: Mask) -> tuple[Repair, dict[str, Any]]:
         subject, chain = self.subject, parse_chain(run.method)
