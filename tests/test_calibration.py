@@ -83,7 +83,9 @@ class TestWindows:
     def test_a_long_text_is_tokenised_only_as_far_as_they_reach(self, tmp_path, tokenizer, monkeypatch):
         lengths = []
         encode = calibration._encode
-        monkeypatch.setattr(calibration, "_encode", lambda _, text: lengths.append(len(text)) or encode(_, text))
+        monkeypatch.setattr(
+            calibration, "_encode", lambda _, text, **more: lengths.append(len(text)) or encode(_, text, **more)
+        )
         (tmp_path / "long.txt").write_text("The quick brown fox. " * 50_000)
         load_calibration(str(tmp_path / "long.txt"), tokenizer, window=16, windows=4)
         assert sum(lengths) < 10_000

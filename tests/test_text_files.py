@@ -36,7 +36,7 @@ BAD = {
     "a cut character": ("a.txt", "naï".encode()[:-1], "not UTF-8.* at byte 2"),
     "packed bytes under a wrong name": ("a.txt", gzip.compress(b"dog" * 99), "not UTF-8"),
     "a packed file": ("a.txt.gz", gzip.compress(b"dog"), "packed file"),
-    "a JSON file": ("a.json", b"{}", r"not a .txt, .jsonl or .parquet file"),
+    "a JSON file": ("a.json", b"{}", r"one JSON value"),
     "a line that is not JSON": ("a.jsonl", GOOD + b"\nbroken\n", "line 3, column 1: not JSON"),
     "a list": ("a.jsonl", b'["a dog"]\n', "line 1: list, not an object"),
     "too deep nesting": ("a.jsonl", b'{"text": ' + NESTED, "line 1.* JSON beyond bounds"),

@@ -1,8 +1,10 @@
 """Text to windows: the token sequences that criteria, searches and evaluations look at.
 
 The *stream* of a source is its documents, joined by an empty line and tokenised as one text; what looks like a special
-token in it stays text. It is cut into windows of T tokens that do not overlap, and the remainder is dropped. Where the
-beginning-of-sequence token (BOS) stands is a policy, because some models are meaningless without it:
+token in it stays text. Only chats (see `chats`) follow each other without a line between, and special tokens in them
+are tokens, for with these a template marks who speaks. The stream is cut into windows of T tokens that do not overlap,
+and the remainder is dropped. Where the beginning-of-sequence token (BOS) stands is a policy, because some models are
+meaningless without it:
 
 - `stream`: once, before the whole stream, as in BlockPruner's code;
 - `window`: before every window, which then holds T - 1 tokens of the stream (Gemma needs this);
@@ -11,6 +13,7 @@ beginning-of-sequence token (BOS) stands is a policy, because some models are me
 """
 
 import hashlib
+import itertools
 import random
 import sys
 from bisect import bisect_left
@@ -24,6 +27,7 @@ from torch.nn.functional import pad
 
 from blockpruner.artifacts import Record
 from blockpruner.errors import InputError
+from blockpruner.texts.chats import Chat, template_of
 from blockpruner.texts.sources import Texts, open_texts
 
 if TYPE_CHECKING:
@@ -112,7 +116,7 @@ def load_calibration(
     wanted = _wanted_windows(window, windows, tokens)
     policy = resolve_bos(tokenizer, bos)
     taken = window - 1 if policy == "window" else window
-    texts = open_texts(source, split=split, column=column, quiet=quiet)
+    texts = open_texts(source, split=split, column=column, quiet=quiet, render=template_of(tokenizer))
     seed = None if texts.recipe else seed
     stream = _tokenise(_ordered(texts, seed), tokenizer, None if wanted is None else wanted * taken)
     held = (len(stream.ids) + (policy == "stream")) // taken
@@ -129,7 +133,7 @@ def load_calibration(
         bytes=sum(sizes),
         seed=seed,
         bos=policy,
-        separator=SEPARATOR,
+        separator=stream.separator,
         fingerprint=fingerprint(ids, policy),
     )
     return Calibration(ids, record, sizes)
@@ -157,12 +161,14 @@ def fingerprint(windows: Tensor, bos: BosPolicy) -> str:
 
 @dataclass(frozen=True)
 class _Stream:
-    """text; ids: its tokens [n]; ends: for each the characters of text up to its end [n]; starts: of the documents."""
+    """text; ids: its tokens [n]; ends: for each the characters of text up to its end [n]; starts: of the documents;
+    separator: what stands between these."""
 
     text: str
     ids: Tensor
     ends: Tensor
     starts: list[int]
+    separator: str
 
 
 def _wanted_windows(window: int, windows: int | None, tokens: int | None) -> int | None:
@@ -203,28 +209,32 @@ def _tokenise(documents: Iterator[str], tokenizer: "PreTrainedTokenizerBase", ne
     """
     pieces: list[str] = []
     starts: list[int] = []
-    length = 0
+    length, first = 0, next(documents, "")
+    documents, chats = itertools.chain([first], documents), isinstance(first, Chat)
+    separator = "" if chats else SEPARATOR
     reach = sys.maxsize if needed is None else _CHARACTERS_PER_TOKEN * (needed + _SEAM)
     while True:
         while length < reach and (document := next(documents, None)) is not None:
-            starts.append(length + len(SEPARATOR) if pieces else 0)
+            if isinstance(document, Chat) != chats:
+                raise InputError("some records are chats and others are text", fix="name one column with --column")
+            starts.append(length + len(separator) if pieces else 0)
             pieces.append(document)
             length = starts[-1] + len(document)
-        text = SEPARATOR.join(pieces)[:reach]
-        ids, ends = _encode(tokenizer, text)
+        text = separator.join(pieces)[:reach]
+        ids, ends = _encode(tokenizer, text, marked=chats)
         if length < reach or (needed is not None and len(ids) >= needed + _SEAM):
-            return _Stream(text, ids, ends, starts)
+            return _Stream(text, ids, ends, starts, separator)
         reach *= 2
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[Tensor, Tensor]:
-    """Token ids of `text` without special tokens, and where in it each token ends."""
+def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, *, marked: bool) -> tuple[Tensor, Tensor]:
+    """Token ids of `text`, and where in it each token ends; `marked`: what looks like a special token is one."""
     # mistral-common's tokenizers lack `is_fast`, refuse to be asked to split, and always do.
     exact, asked = getattr(tokenizer, "is_fast", False), hasattr(tokenizer, "is_fast")
     encoding = tokenizer(
         text,
         add_special_tokens=False,
-        split_special_tokens=asked,
+        split_special_tokens=asked and not marked,
         return_offsets_mapping=exact,
         return_attention_mask=False,
         verbose=False,

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from blockpruner.errors import BlockprunerError, InputError, missing_extra
+from blockpruner.texts.chats import Render, chat, no_template
 
 # Tokenising takes about 100 bytes of memory for each byte of text.
 MAX_TEXT = 16 * 2**20
 MAX_LINE = 8 * 2**20
 PACKED = (".7z", ".bz2", ".gz", ".tar", ".xz", ".zip", ".zst")
 _ALPACA = ("instruction", "input", "output")
+_CHATS = ("messages", "conversations")
 
 log = logging.getLogger("blockpruner")
 
@@ -35,17 +37,25 @@ def read_text(path: Path) -> str:
     return _decoded(data[:MAX_TEXT], path, whole=whole)
 
 
-def read_documents(path: Path, column: str | None) -> Iterator[str]:
-    """The documents of a .txt (one), .jsonl or .parquet file (one a record, from `column`; see `text_columns`)."""
+def read_documents(path: Path, column: str | None, render: Render = no_template) -> Iterator[str]:
+    """The documents of a .txt (one), .jsonl or .parquet file (one a record, from `column`; see `text_columns`).
+
+    render: makes text of the messages of a chat.
+    """
     match path.suffix.lower():
         case ".txt" if column is not None:
             raise InputError(f"{path} is plain text, without columns", fix=f"leave the column {column!r} out")
         case ".txt":
             return iter([read_text(path)])
         case ".jsonl":
-            return _jsonl_documents(path, column)
+            return _jsonl_documents(path, column, render)
         case ".parquet":
-            return _parquet_documents(path, column)
+            return _parquet_documents(path, column, render)
+        case ".json":
+            raise InputError(
+                f"{path} is one JSON value, not a record on each line",
+                fix=f"write the records of its array into a .jsonl file: jq -c '.[]' {path.name} > {path.stem}.jsonl",
+            )
         case suffix if suffix in PACKED:
             raise InputError(f"{path} is a packed file", fix="unpack it first")
         case _:
@@ -53,11 +63,13 @@ def read_documents(path: Path, column: str | None) -> Iterator[str]:
             raise InputError(f"{path} is {kind}", fix="give a file of text under one of these endings")
 
 
-def hub_documents(name: str, subset: str | None, split: str, column: str | None) -> Iterator[str]:
+def hub_documents(
+    name: str, subset: str | None, split: str, column: str | None, render: Render = no_template
+) -> Iterator[str]:
     """The documents of a hub data set, one a record, fetched as they are asked for; offline, from the local cache."""
     with _hub_errors(name):
         for number, record in enumerate(hub_rows(name, subset, split, stream=True)):
-            yield _document(record, column, f"{name}, {split} record {number}")
+            yield _document(record, column, f"{name}, {split} record {number}", render)
 
 
 def hub_rows(name: str, subset: str | None, split: str, *, stream: bool) -> Any:
@@ -86,12 +98,15 @@ def alpaca_text(instruction: str, given: str, output: str) -> str:
 
 
 def text_columns(columns: Iterable[str], column: str | None, where: str) -> tuple[str, ...]:
-    """The columns that make a document: `column`, else `text`, else instruction, input and output (Alpaca)."""
+    """The columns that make a document: `column`, else `text`, else instruction, input and output (Alpaca), else
+    `messages` or `conversations` (a chat)."""
     found = list(columns)
     if (column or "text") in found:
         return (column or "text",)
     if column is None and "instruction" in found and "output" in found:
         return tuple(name for name in _ALPACA if name in found)
+    if column is None and (chats := [name for name in _CHATS if name in found]):
+        return (chats[0],)
     shown = ", ".join(found[:20])[:400] or "none"
     raise InputError(
         f"{where} has no column {column or 'text'!r}; its columns: {shown}", fix="name the one that holds the text"
@@ -103,10 +118,13 @@ def log_cut(source: str) -> None:
     log.warning("%s: only its first %d MiB of text are looked at", source, MAX_TEXT // 2**20)
 
 
-def _document(record: Mapping[str, Any], column: str | None, where: str) -> str:
+def _document(record: Mapping[str, Any], column: str | None, where: str, render: Render) -> str:
     columns = text_columns(record, column, where)
     if len(columns) == 1:
-        return _checked(record[columns[0]], columns[0], where)
+        value = record[columns[0]]
+        if isinstance(value, list):
+            return chat(value, f"{where}, column {columns[0]!r}", render)
+        return _checked(value, columns[0], where)
     given = record.get("input")  # null where a record has none
     instruction, output = (_checked(record[name], name, where) for name in ("instruction", "output"))
     return alpaca_text(instruction, "" if given is None else _checked(given, "input", where), output)
@@ -141,11 +159,11 @@ def jsonl_lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield where, text
 
 
-def _jsonl_documents(path: Path, column: str | None) -> Iterator[str]:
-    return (_document(_json_object(text, where), column, where) for where, text in jsonl_lines(path))
+def _jsonl_documents(path: Path, column: str | None, render: Render) -> Iterator[str]:
+    return (_document(_json_object(text, where), column, where, render) for where, text in jsonl_lines(path))
 
 
-def _parquet_documents(path: Path, column: str | None) -> Iterator[str]:
+def _parquet_documents(path: Path, column: str | None, render: Render) -> Iterator[str]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -158,7 +176,7 @@ def _parquet_documents(path: Path, column: str | None) -> Iterator[str]:
             batches = table.iter_batches(batch_size=64, columns=list(columns))
             records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, record in enumerate(records):
-                yield _document(record, column, f"{path}, record {number}")
+                yield _document(record, column, f"{path}, record {number}", render)
         except pyarrow.ArrowException as error:
             raise InputError(f"{path} is not a sound parquet file: {error}", fix="write the file again") from error
 

@@ -3,7 +3,8 @@
 A source is a name, or `name[start:stop]` for its documents start to stop - 1, counted from 0 in the source's own order:
 
 - `FILE.txt`: one document; `FILE.jsonl`, `FILE.parquet`: one a record, from the column `text` unless another is named,
-  or formatted as Alpaca where records have `instruction` and `output` instead;
+  or formatted as Alpaca where records have `instruction` and `output` instead, or by the model's own chat template
+  where they have `messages` (or `conversations`), see `chats`;
 - `org/name` or `org/name:config`: a data set of the Hugging Face hub, likewise one document a record;
   `org/name@revision`: as it is on a branch, such as `refs/convert/parquet` for sets that were a script once;
 - `alpaca`: the documents BlockPruner calibrates on, in the order the paper draws them: 256 of the 5,200 rows of its
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockpruner.errors import InputError
+from blockpruner.texts.chats import Render, no_template
 from blockpruner.texts.files import MAX_TEXT, PACKED, hub_documents, hub_rows, log, log_cut, read_documents, read_text
 
 PAPER_ROWS = 256
@@ -46,11 +48,19 @@ class Texts:
     recipe: bool
 
 
-def open_texts(source: str, *, split: str | None = None, column: str | None = None, quiet: bool = False) -> Texts:
+def open_texts(
+    source: str,
+    *,
+    split: str | None = None,
+    column: str | None = None,
+    quiet: bool = False,
+    render: Render = no_template,
+) -> Texts:
     """The documents that `source` names, read as they are asked for, at most MAX_TEXT characters of them.
 
     split: which part of a hub data set, `train` unless named; column: the column of records that holds the text;
-    quiet: the caller knows what `builtin` is good for. InputError where a source cannot be read or has no such option.
+    quiet: the caller knows what `builtin` is good for; render: makes text of the messages of a chat. InputError where a
+    source cannot be read or has no such option.
     """
     name, start, stop = parse_slice(source)
     kind, place = _parse_name(name)
@@ -59,7 +69,7 @@ def open_texts(source: str, *, split: str | None = None, column: str | None = No
             raise InputError(f"{source} has no {option} to choose", fix=f"leave the {option} {value!r} out")
     if kind == "builtin" and not quiet:
         log.warning("builtin text is Python's own documentation: good for a demo, poor as a calibration")
-    found = _documents(kind, place, split or "train", column, PAPER_ROWS if stop is None else stop)
+    found = _documents(kind, place, split or "train", column, PAPER_ROWS if stop is None else stop, render)
     documents = itertools.islice(found, start, stop)
     recipe = kind.startswith(("alpaca", "wikitext2"))
     label = source
@@ -97,7 +107,7 @@ def _parse_name(name: str) -> tuple[str, str]:
     )
 
 
-def _documents(kind: str, place: str, split: str, column: str | None, drawn: int) -> Iterable[str]:
+def _documents(kind: str, place: str, split: str, column: str | None, drawn: int, render: Render) -> Iterable[str]:
     path = Path(os.path.expanduser(place))
     match kind:
         case "builtin":
@@ -113,9 +123,9 @@ def _documents(kind: str, place: str, split: str, column: str | None, drawn: int
             return (line if line.strip() else "" for line in io.StringIO(read_text(path)))
         case "hub":
             data_set, _, config = place.partition(":")
-            return hub_documents(data_set, config or None, split, column)
+            return hub_documents(data_set, config or None, split, column, render)
         case _:
-            return read_documents(path, column)
+            return read_documents(path, column, render)
 
 
 def _topics() -> Iterator[str]:
