@@ -33,7 +33,7 @@ Cluster = Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="W
 Protect = Annotated[str, typer.Option(help="Layers never touched: 0,1,-1; plus: the first 4 and the last 2.")]
 Tokens = Annotated[str, typer.Option(metavar="N", help="Tokens of text to use, or all.")]
 Window = Annotated[
-    int | None, typer.Option(min=2, help="Tokens per window; 2048, or the model's context, if left out.")
+    int | None, typer.Option(min=2, help="Tokens per window; if left out 2048 (512 in races), or the model's context.")
 ]
 Bos = Annotated[str, typer.Option(help="BOS once per stream, once per window, none, or auto.")]
 Split = Annotated[str | None, typer.Option(help="Split of a hub data set.")]

@@ -1,5 +1,6 @@
 """From words to a plan: a search that is ready to run, and what it finds."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from blockpruner.blocks import Mask, Move
 from blockpruner.criteria import CRITERIA, parse_criterion
 from blockpruner.data import Data, identity, read_data
 from blockpruner.engine.hands import Crew
+from blockpruner.engine.limits import usual_window
 from blockpruner.engine.objective import ModelObjective
 from blockpruner.engine.workers import spread
 from blockpruner.errors import InputError
@@ -24,17 +26,20 @@ from blockpruner.recoveries import parse_recovery
 from blockpruner.registry import format_method
 from blockpruner.replaceable import Replacing
 from blockpruner.scores import Recorded
-from blockpruner.searches import SEARCHES, parse_search
+from blockpruner.searches import SEARCHES, parse_search, races
 from blockpruner.searching import driver
 from blockpruner.searching.contract import Problem, Progress, Scorer, Scores, Search, SearchResult, Stop
 from blockpruner.searching.costs import parse_card
 from blockpruner.searching.evaluations import Evaluations, Notes
 from blockpruner.searching.moves import format_protected, parse_protected
+from blockpruner.searching.racing import WINDOW
 from blockpruner.searching.rehearsal import Rehearsal
 from blockpruner.searching.targets import Goals, Speed, parse_target
 from blockpruner.subject import Subject
 from blockpruner.texts.calibration import TextOptions
 from blockpruner.texts.examples import Examples
+
+log = logging.getLogger("blockpruner")
 
 # What searches see of the data at once, or one window if that is longer, and how fine: races begin with two of these.
 BATCH_TOKENS, SEGMENT = 512, 128
@@ -118,13 +123,15 @@ def prepare(
     """Read the words of the command line into a search that is ready to run; InputError for each that is not right.
 
     criterion: for searches that rank, cosine if left out; start: an earlier plan, for searches that go on from one;
-    recovery: in closed form, with which each mask is scored, see `replaceable`. For targets of speed: device_spec, a
-    card that times are computed for; costs, a file of times that were measured before; progress of measuring them now.
+    recovery: in closed form, with which each mask is scored, see `replaceable`. Searches that race take windows of
+    WINDOW tokens unless others are named. For targets of speed: device_spec, a card that times are computed for; costs,
+    a file of times that were measured before; progress of measuring them now.
     """
     wanted, card = parse_target(target), parse_card(device_spec) if device_spec else None
     outline = subject.anatomy.outline
     begun = () if start is None else tuple(Move.of(*step.blocks) for step in start.steps)
-    method, measure = parse_search(search, seed=seed), parse_objective(objective)
+    method = parse_search(search, seed=seed, streamed=subject.memory is not None)
+    measure = parse_objective(objective)
     if criterion is not None and not method.ranks:
         raise _unused("--criterion", search, [name for name, kind in SEARCHES.items() if kind.ranks])
     if start is not None and not method.starts:
@@ -142,6 +149,11 @@ def prepare(
         )
     if method.ranks:
         subject.check_criterion(ranks)
+    if races(method) and measure.reads != "items":
+        window = text.get("window") or min(WINDOW, usual_window(subject.model))
+        if window > WINDOW:
+            log.warning("races take pieces of a window to be independent: with windows of %d they err more", window)
+        text = {**text, "window": window}
     data = read_data(subject, calibration, measure, seed=seed, **text)
     inside = None if recovery is None else replacing(subject, recovery, data.examples)
     seen = data if inside is None else replace(data, examples=inside.held_out)

@@ -5,7 +5,7 @@ from blockpruner.searches.beam import Beam
 from blockpruner.searches.enumeration import Enumeration
 from blockpruner.searches.evolution import Evolution
 from blockpruner.searches.exhaustive import Exhaustive
-from blockpruner.searches.greedy import Greedy
+from blockpruner.searches.greedy import STREAMED, Greedy
 from blockpruner.searches.iterative import Iterative
 from blockpruner.searches.knapsack import Knapsack
 from blockpruner.searches.one_shot import OneShot
@@ -29,6 +29,15 @@ SEARCHES: dict[str, type[Search]] = {
 }
 
 
-def parse_search(text: str, *, seed: int = 0) -> Search:
-    """The search that `text` names, as in `random:seed=3`; `seed` serves searches that take one and were given none."""
-    return parse_method(text, SEARCHES, "search", seed=seed)
+def parse_search(text: str, *, seed: int = 0, streamed: bool = False) -> Search:
+    """The search that `text` names, as in `random:seed=3`; `seed` serves searches that take one and were given none.
+
+    streamed: every look reads the weights, so races take few.
+    """
+    few = {"growth": STREAMED} if streamed else {}
+    return parse_method(text, SEARCHES, "search", seed=seed, **few)
+
+
+def races(search: Search) -> bool:
+    """Whether it decides by races: `greedy` does, and others where their option `race` is on."""
+    return isinstance(search, Greedy) or bool(getattr(search, "race", False))

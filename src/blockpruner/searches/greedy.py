@@ -8,6 +8,7 @@ from blockpruner.errors import InputError
 from blockpruner.searching.contract import DENSE, Chosen, Problem, Proposals, Values, lowest
 from blockpruner.searching.racing import Earlier, Race
 
+STREAMED = 4.0  # `growth` that makes two or three looks of a step
 STEPS = 4  # back, for which values are held: what came before is in the estimates of these
 
 
@@ -19,6 +20,8 @@ class Greedy:
     the best there is at that step, by the mean over the calibration windows; see `racing`. What each move did at the
     steps before serves to tell what it does now. Losses that are not finite never win; nothing is ever put back.
 
+    growth: see `Race`; where weights are streamed it is STREAMED unless named, since every look reads them all again.
+
     Losses and scores have as n the pieces that a move was seen on; ties are the moves that it was not shown to beat.
 
     Cost: as many masks as `exhaustive`, most of them on a part of the data.
@@ -27,6 +30,7 @@ class Greedy:
     epsilon: float = 0.003
     delta: float = 0.05
     seed: int = 0
+    growth: float = 1.25
 
     title: ClassVar[str] = "Greedy with races"
     source: ClassVar[str] = "BlockPruner's loop; races after Maron and Moore 1993, two-phase sampling after Neyman 1938"
@@ -35,11 +39,12 @@ class Greedy:
     starts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (self.epsilon >= 0 and 0 < self.delta < 1):
-            raise InputError(f"{self} is out of range", fix="give epsilon of 0 or more, and delta between 0 and 1")
+        if not (self.epsilon >= 0 and 0 < self.delta < 1 < self.growth):
+            fix = "give epsilon of 0 or more, delta between 0 and 1, and growth above 1"
+            raise InputError(f"{self} is out of range", fix=fix)
 
     def propose(self, problem: Problem) -> Proposals:
-        race = Race(self.epsilon, self.delta, self.seed)
+        race = Race(self.epsilon, self.delta, self.seed, self.growth)
         mask, steps, past = DENSE, 0, list[dict[Move, Values]]()
         while not problem.reached(mask, steps):
             moves = {mask | move.blocks: move for move in reversed(problem.moves(mask))}

@@ -18,7 +18,7 @@ from blockpruner.searching.contract import DENSE, Pieces, Problem, Values
 from blockpruner.searching.permutations import shuffled
 
 FEWEST, BATCHES = 8, 2  # pieces and micro-batches that are seen before anything leaves
-GROWTH = 1.25  # of what is seen from one look to the next, at least
+WINDOW = 512  # tokens; pieces of longer windows are too much alike for the intervals below
 
 
 @dataclass(frozen=True)
@@ -120,25 +120,29 @@ class Race:
     A mask leaves when it is shown to be worse than all that are to be kept, and the race ends when none of the rest may
     be better than one of them by epsilon, or all were seen on everything, and so are known. delta is spread evenly over
     comparisons, half of it on the first look, where there are so few pieces that it widens the intervals most, and the
-    rest evenly on the others (union bound); these are t intervals, exact for independent pieces and normal means.
-    Neither quite holds for text: pieces of one window resemble each other, so that long windows make errors more
-    frequent (benchmarks/racing_simulation.py is there to count them on recorded losses).
+    rest evenly on the others (union bound); these are t intervals, exact for independent pieces and normal means, but
+    for the choice of the smaller of two margins, with which up to 1.5 alpha of them miss. Neither quite holds for text:
+    pieces of one window resemble each other, so that long windows make errors more frequent
+    (benchmarks/racing_simulation.py is there to count them on recorded losses).
+
+    growth: of what is seen from one look to the next, at least. More of it makes fewer looks, on more pieces in all.
     """
 
     epsilon: float = 0.003
     delta: float = 0.05
     seed: int = 0
+    growth: float = 1.25
 
     def run(self, problem: Problem, masks: Sequence[Mask], keep: int = 1, before: Earlier = ()) -> Running:
         """Yield `Pieces`, to be sent values, and return what came of it.
 
         before: what the same moves led to at earlier steps, the last step first, by the masks of now.
-        Cost: all masks on FEWEST pieces or a few more, and ever fewer masks on a quarter as many again each time; the
+        Cost: all masks on FEWEST pieces or a few more, and ever fewer masks on `growth` times as many each time; the
         whole model on all, which every search has seen.
         """
         order = shuffled(problem.batches, self.seed, "race")
         whole = (yield Pieces((DENSE,), order))[DENSE]
-        stops, total = _rounds([problem.sizes[batch] for batch in order]), sum(problem.sizes)
+        stops, total = _rounds([problem.sizes[batch] for batch in order], self.growth), sum(problem.sizes)
         each = self.delta / max(1, keep * (len(masks) - keep)) / 2
         held: dict[Mask, Values] = dict.fromkeys(masks, ())
         running = tuple(masks)
@@ -158,14 +162,14 @@ class Race:
         return Outcome(kept, ties, held, _estimates(kept, held, whole, problem.unit, before))
 
 
-def _rounds(sizes: Sequence[int]) -> list[int]:
-    """After which micro-batches to look: once FEWEST pieces are seen, whenever it is GROWTH as many, and at the end."""
+def _rounds(sizes: Sequence[int], growth: float) -> list[int]:
+    """After which micro-batches to look: once FEWEST pieces are seen, whenever it is `growth` as many, at the end."""
     stops, seen, goal = list[int](), 0, FEWEST
     for count, size in enumerate(sizes, 1):
         seen += size
         if (seen >= goal and count >= BATCHES) or count == len(sizes):
             stops.append(count)
-            goal = GROWTH * seen
+            goal = growth * seen
     return stops
 
 
