@@ -23,6 +23,7 @@ from blockpruner.evaluation.quality import Evaluation
 from blockpruner.loading import models
 from blockpruner.loading.models import load
 from blockpruner.objectives import OBJECTIVES
+from blockpruner.options import Loading
 from blockpruner.plan import Plan
 from blockpruner.searches import SEARCHES
 from blockpruner.subject import open_subject
@@ -122,6 +123,20 @@ def test_search_prints_the_plan_says_the_price_and_the_next_command(search, chec
     assert said[-2] == "plan: found/plan.json (the target is reached)"
     assert said[-1] == f"next: blockpruner prune {checkpoint} --plan found/plan.json --out found/model"
     assert {path.name for path in Path("found").iterdir()} == {".lock", "journal.jsonl", "plan.json", "price.json"}
+
+
+def test_the_price_of_a_search_that_a_loss_ends_is_an_upper_bound(search, opened):
+    done = search("--dry-run", "--target", "loss=+0.01")
+    assert done.code == 0
+    assert "price: at most " in done.err
+
+
+def test_the_next_command_opens_the_model_as_this_one_did(search, checkpoint):
+    done = search("--allow-pickle", "--allow-remote-code", "--search", "exhaustive", "--recovery", "bias")
+    again = f"{checkpoint} --allow-remote-code --allow-pickle"
+    assert f"next: blockpruner prune {again} --plan found/plan.json --out found/model" in done.err
+    assert f"or: blockpruner recover found/plan.json --dense {again} --method bias --calibration" in done.err
+    assert Loading(revision="main", device="cpu").again() == ["--revision", "main"]
 
 
 def test_search_as_json_is_the_plan_and_nothing_else(search, opened):

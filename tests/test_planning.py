@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from blockpruner import planning
 from blockpruner.blocks import Block
 from blockpruner.errors import InputError, RunFolderError
 from blockpruner.evaluation.costing import bound
@@ -120,6 +121,19 @@ def test_elsewhere_the_price_is_near_what_is_paid(task):
 
 
 @pytest.mark.parametrize(
+    ("search", "window"),
+    [("greedy", 32), ("beam:width=2,race=true", 32), ("beam:width=2", 64), ("exhaustive", 64), ("one-shot", 64)],
+)
+def test_races_take_shorter_windows_than_other_searches_unless_they_are_told(task, monkeypatch, caplog, search, window):
+    monkeypatch.setattr(planning, "WINDOW", 32)
+    assert task(search=search, window=None, tokens=256).data.record.window == window
+    assert not caplog.records
+    assert task(search=search, window=48).data.record.window == 48
+    warned = ["with windows of 48 they err more" in record.getMessage() for record in caplog.records]
+    assert warned == [True] * (window == 32)
+
+
+@pytest.mark.parametrize(
     ("options", "said", "instead"),
     [
         (
@@ -201,7 +215,7 @@ def test_a_deeper_search_goes_on_from_the_same_journal(task, tmp_path):
         ({"bos": "none"}, r"calibration: .* BOS window, .* -> .* BOS none, "),
         ({"moves": "mlp"}, "moves: block -> mlp"),
         ({"protect": "0,-1"}, "protected:  -> 0,3"),
-        ({"search": "random"}, "search: greedy:epsilon=0.003,delta=0.05,seed=0 -> random:seed=0"),
+        ({"search": "random"}, "search: greedy:epsilon=0.003,delta=0.05,seed=0,growth=1.25 -> random:seed=0"),
     ],
 )
 def test_a_run_folder_is_not_taken_for_another_search_and_says_what_differs(task, tmp_path, options, field):

@@ -62,8 +62,8 @@ def noisy_problem(depth, moves, target, objective):
     return dataclasses.replace(toy_problem(depth, moves, target), sizes=(PIECES,) * objective.batches)
 
 
-def raced(race, problem, objective, masks, keep=1, before=()):
-    """The outcome of a race, answered by an objective."""
+def raced(race, problem, objective, masks, keep=1, before=(), heard=None):
+    """The outcome of a race, answered by an objective; `heard` is filled with the requests."""
     talk, answer = race.run(problem, masks, keep, before), None
     while True:
         try:
@@ -71,6 +71,8 @@ def raced(race, problem, objective, masks, keep=1, before=()):
         except StopIteration as end:
             return end.value
         assert isinstance(request, Pieces)
+        if heard is not None:
+            heard.append(request)
         found = {
             (mask, batch): values
             for batch, mask, values in objective.losses(dict.fromkeys(request.batches, request.masks))
@@ -220,6 +222,18 @@ class TestRace:
         assert math.sqrt(statistics.fmean(x * x for x in off)) < 0.03
         assert min(told) > 0.08, "of a text of so many pieces, the error is that of the whole model at the least"
 
+    @pytest.mark.parametrize("seed", range(5))
+    def test_more_growth_makes_fewer_looks_at_more_pieces_and_the_same_winner(self, seed):
+        problem = noisy_problem(6, "block", "blocks=1", Noisy(tangled, batches=64))
+        found = {}
+        for growth in (1.25, 4.0):
+            objective, requests = Noisy(tangled, batches=64), []
+            outcome = raced(Race(epsilon=0.0, seed=seed, growth=growth), problem, objective, singles(6), heard=requests)
+            found[growth] = (len(requests), len(objective.asked), outcome.kept)
+        assert found[4.0][0] < found[1.25][0]
+        assert found[4.0][1] >= found[1.25][1]
+        assert found[4.0][2] == found[1.25][2]
+
     def test_if_none_is_finite_none_is_kept(self):
         objective = Noisy(lambda mask: math.inf)
         problem = noisy_problem(2, "block", "blocks=1", objective)
@@ -300,7 +314,7 @@ class TestGreedy:
         assert len(first.ties) == 3
         assert first.loss.n == FEWEST
         assert last.loss.n == PIECES * 32, "the last mask is evaluated on everything"
-        assert plan.method.search == "greedy:epsilon=0.1,delta=0.05,seed=0"
+        assert plan.method.search == "greedy:epsilon=0.1,delta=0.05,seed=0,growth=1.25"
 
     def test_it_stops_when_no_loss_is_finite(self):
         objective = Noisy(lambda mask: math.nan if mask != DENSE else 0.0)

@@ -8,6 +8,8 @@ import pytest
 from blockpruner.errors import InputError
 from blockpruner.registry import format_method, lookup, parse_method
 from blockpruner.searches import SEARCHES, parse_search
+from blockpruner.searches.exhaustive import Exhaustive
+from blockpruner.searches.greedy import Greedy
 from blockpruner.searches.random import Random
 
 
@@ -90,6 +92,13 @@ def test_the_runs_seed_reaches_random_unless_it_has_its_own():
     assert parse_search("random", seed=4) == Random(4)
     assert parse_search("random:seed=9", seed=4) == Random(9)
     assert format_method(Random(9), SEARCHES) == "random:seed=9"
+
+
+def test_where_weights_are_streamed_races_take_few_looks_unless_they_are_told():
+    assert parse_search("greedy", streamed=True) == Greedy(growth=4.0)
+    assert parse_search("greedy:growth=2", streamed=True) == Greedy(growth=2.0)
+    assert parse_search("greedy") == Greedy(growth=1.25)
+    assert parse_search("exhaustive", streamed=True) == Exhaustive()
 
 
 def test_a_misspelt_search_gets_a_suggestion():

@@ -84,15 +84,21 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def say_price(price: "Price", task: "Task") -> None:
+    from blockpruner.searching.targets import Goals
+
+    target = task.problem.target
+    most = (
+        "at most " if isinstance(target, Goals) and target.rise is not None else ""
+    )  # when that is reached is not known
     beside = "to fit replacements" if task.replacing and not task.search.ranks else "to rank"
     data, ranked = task.data.record, f"; {price.passes:.3g} passes {beside}" if price.passes else ""
     say(
-        f"price: {price.evaluations} evaluations of {data.windows} windows x {data.window} tokens; about "
+        f"price: {most}{price.evaluations} evaluations of {data.windows} windows x {data.window} tokens; about "
         f"{price.work.attention_tokens:,} attention-, {price.work.mlp_tokens:,} mlp- and "
         f"{price.work.head_tokens:,} head-tokens{ranked}; {_bytes_of(price)}{duration(price.seconds)} on this machine"
     )
-    if sources := task.problem.target.sources:
-        say(f"target: {task.problem.target} (costs: {sources})")
+    if target.sources:
+        say(f"target: {target} (costs: {target.sources})")
 
 
 def priced(task: "Task", as_json: bool) -> "Price":

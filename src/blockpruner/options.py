@@ -93,6 +93,11 @@ class Loading:
     remote: RemoteCode = False
     pickle: Pickle = False
 
+    def again(self) -> list[str]:
+        """The options with which another command opens the same model; it has a dtype and a device of its own."""
+        revision = ["--revision", self.revision] if self.revision else []
+        return [*revision, *["--allow-remote-code"] * self.remote, *["--allow-pickle"] * self.pickle]
+
 
 # The defaults of a command are those of an instance of its own; prune and recover keep to what the files hold.
 TEXT, SEARCHING = Text(), Searching()

@@ -22,8 +22,10 @@ class Price(Record):
     fits of a recovery inside it, take beside them; traffic: bytes of weights and states (of the criterion's passes they
     are not counted); memory: bytes, of weights, states and logits; seconds: on this machine. None: not known.
 
-    Before a search all are those of a rehearsal, and seconds go by one timed pass. True counts differ a little, those
-    of races by some more, and true memory has what a layer makes for itself.
+    Before a search all are those of a rehearsal, and seconds go by one timed pass. How the work divides between kinds
+    of blocks depends on which go, so that true counts of a kind differ by a tenth or so where their sum differs by a
+    hundredth; those of races by some more. Where a rise of the loss ends a search, all are upper bounds. True memory
+    has what a layer makes for itself.
     """
 
     evaluations: int

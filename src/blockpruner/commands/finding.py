@@ -1,6 +1,7 @@
 """What can go: inspect, score, search."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -172,7 +173,7 @@ def search(
     _say_found(plan, receipt, run, as_json)
     if plan.stop_reason == Stop.INTERRUPTED:
         raise KeyboardInterrupt
-    _say_next(run, model, calibration, how.recovery)
+    _say_next(run, [model, *loading.again(), *(["--stream"] if stream else [])], calibration, how.recovery)
 
 
 def _say_found(plan: "Plan", receipt: "Receipt", run: Path, as_json: bool) -> None:
@@ -186,10 +187,10 @@ def _say_found(plan: "Plan", receipt: "Receipt", run: Path, as_json: bool) -> No
         print_plan(plan)
 
 
-def _say_next(run: Path, model: str, calibration: str, recovery: str | None) -> None:
-    """The commands that come after a search."""
-    prune = ["blockpruner", "prune", model, "--plan", str(run / "plan.json"), "--out", str(run / "model")]
-    say(f"next: {shlex.join(prune)}")
+def _say_next(run: Path, model: Sequence[str], calibration: str, recovery: str | None) -> None:
+    """The commands that come after a search. model: its name, and the options that it was opened with."""
+    plan = str(run / "plan.json")
+    say(f"next: {shlex.join(['blockpruner', 'prune', *model, '--plan', plan, '--out', str(run / 'model')])}")
     if recovery:
-        recover = ["blockpruner", "recover", str(run / "plan.json"), "--method", recovery, "--calibration", calibration]
-        say(f"or: {shlex.join([*recover, '--out', str(run / 'recovered')])}")
+        fit = ["--method", recovery, "--calibration", calibration, "--out", str(run / "recovered")]
+        say(f"or: {shlex.join(['blockpruner', 'recover', plan, '--dense', *model, *fit])}")
