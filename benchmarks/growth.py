@@ -98,12 +98,19 @@ def counted(depth: int, tokens: int) -> list[dict[str, Any]]:
 
 
 def checked() -> dict[str, float]:
-    """The counts of a rehearsal over those of a search that is really run: prefixes are shared by other winners."""
+    """The counts of a rehearsal over those of a search that is really run: prefixes are shared by other winners.
+
+    How the blocks divide between kinds depends on the winners most, their sum hardly.
+    """
     ready = objective(DEPTHS[0], 1024)
     problem = Problem(ready.anatomy.outline, "block", Target.parse("blocks=2"), sizes=ready.sizes)
     real, rehearsed = (driver.run(Exhaustive(), problem, each).work for each in (ready, Rehearsal(ready)))
     blocks = [work.attention_tokens + work.mlp_tokens for work in (rehearsed, real)]
-    return {"block_tokens": blocks[0] / blocks[1], "head_tokens": rehearsed.head_tokens / real.head_tokens}
+    kinds = real.model_dump()
+    return {
+        "block_tokens": blocks[0] / blocks[1],
+        **{kind: said / kinds[kind] for kind, said in rehearsed.model_dump().items()},
+    }
 
 
 def fitted(rows: list[dict[str, Any]], axis: str) -> dict[str, dict[str, float]]:
