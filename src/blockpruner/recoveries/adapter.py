@@ -16,8 +16,9 @@ class Adapter(Trained):
 
     rank: of U V, 0 for one full matrix. loss: `block`, the square of what is missing of the block's update beside that
     update, on the states of the pruned model as it is recovered; `kl`, the divergence of the predictions from the dense
-    model's, at `temperature`; `lm`, the language-modelling loss. init: `linear`, the closed form of that rank; `zero`,
-    V = 0, so that training begins at plain removal. What stands in a gap already is trained on as it is.
+    model's, at `temperature`; `fisher`, that to second order and without logits; `lm`, the language-modelling loss.
+    init: `linear`, the closed form of that rank; `zero`, V = 0, so that training begins at plain removal. What stands
+    in a gap already is trained on as it is.
 
     The teacher is the same weights with the blocks put back, so there is no second copy. The paper compares constant
     updates with such learned maps under these losses; its rank, optimiser and amounts are not known, so those are ours.
@@ -25,7 +26,7 @@ class Adapter(Trained):
 
     lr: float = 1e-3
     rank: int = 64
-    loss: Literal["block", "kl", "lm"] = "kl"
+    loss: Literal["block", "kl", "fisher", "lm"] = "kl"
     init: Literal["linear", "zero"] = "linear"
     temperature: float = 1.0
 

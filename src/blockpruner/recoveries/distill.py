@@ -1,7 +1,7 @@
 """All weights of a pruned model trained to predict what the dense one predicts."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blockpruner.errors import InputError
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
@@ -14,15 +14,17 @@ if TYPE_CHECKING:
 class Distill(Trained):
     """T^2 KL(p || q), with p and q the dense and the pruned model's predictions at temperature T, over all weights.
 
-    hidden: weight of a second term: how far the stream behind each layer that has a block left is from that behind the
-    same layer of the dense model, |s - t|^2 / |t|^2, mean over tokens and layers. Layers keep their numbers when blocks
-    are removed, so this is the original layer map.
+    loss: `kl`; or `fisher`, that to second order at temperature 1 and without logits (`repairs.fisher`), where the head
+    stays as it is. hidden: weight of a second term: how far the stream behind each layer that has a block left is from
+    that behind the same layer of the dense model, |s - t|^2 / |t|^2, mean over tokens and layers. Layers keep their
+    numbers when blocks are removed, so this is the original layer map.
 
     Memory: the dense model stays as the teacher, so there is a second copy of the weights, and over it the gradients,
     float32 masters and AdamW's two moments.
     """
 
     lr: float = 1e-5
+    loss: Literal["kl", "fisher"] = "kl"
     temperature: float = 1.0
     hidden: float = 0.0
 
@@ -40,8 +42,10 @@ class Distill(Trained):
                 f"there is no distillation with temperature={self.temperature} and hidden={self.hidden}",
                 fix="give a temperature above 0, and hidden of 0 or more",
             )
+        if self.loss == "fisher" and (self.hidden or self.temperature != 1):
+            raise InputError("loss=fisher has no temperature and no hidden states beside it", fix="leave them out")
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.tuning import train_weights
 
-        return train_weights(bench, self, "kl", self.temperature, self.hidden)
+        return train_weights(bench, self, self.loss, self.temperature, self.hidden)

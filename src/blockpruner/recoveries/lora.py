@@ -16,9 +16,10 @@ class Lora(Trained):
 
     targets: `all` linear projections in blocks, or some, joined by +: `attention`, `mlp` and other kinds of blocks, or
     names of projections (`q_proj+v_proj`); experts that are stacked in one tensor are none, and the record names the
-    kinds of blocks that have none. dropout: of what goes into A; the model's own stays off. loss: `lm`, or `kl`
-    from the dense model's predictions, at `temperature`. Dense model and pruned one are the same weights, with LoRA
-    off and the blocks put back, so there is no second copy. Merging adds no parameters.
+    kinds of blocks that have none. dropout: of what goes into A; the model's own stays off. loss: `lm`, or `kl` from
+    the dense model's predictions, at `temperature`, or `fisher`, that to second order and without logits. Dense model
+    and pruned one are the same weights, with LoRA off and the blocks put back, so there is no second copy. Merging adds
+    no parameters.
 
     The defaults are Shortened LLaMA's: rank 8, alpha 16, dropout 0.05, AdamW at 1e-4 with 100 steps of warm-up and a
     linear decay, 64 windows a step, 4 at a time, 2 epochs, the best state by held-out loss. Its retraining is
@@ -39,7 +40,7 @@ class Lora(Trained):
     alpha: float = 16.0
     dropout: float = 0.05
     targets: str = "all"
-    loss: Literal["lm", "kl"] = "lm"
+    loss: Literal["lm", "kl", "fisher"] = "lm"
     temperature: float = 1.0
 
     title: ClassVar[str] = "LoRA"

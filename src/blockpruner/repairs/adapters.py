@@ -10,9 +10,10 @@ from torch import Tensor
 from blockpruner.errors import UnsupportedModelError
 from blockpruner.repairs.closed_form import MADE_UP, ClosedForm, fill_gaps, left_alone, regressors_of
 from blockpruner.repairs.courses import Number
+from blockpruner.repairs.fisher import Loss, lesson_of
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
-from blockpruner.repairs.teaching import Predictions, check_predicts
+from blockpruner.repairs.teaching import check_predicts
 from blockpruner.repairs.tuning import UNHELPED, Told, live, still, told, trained
 from blockpruner.repairs.updates import UpdatesAt, token_axes
 from blockpruner.standin import Replacement
@@ -25,7 +26,7 @@ def train_adapters(
     options: Trained,
     rank: int,
     init: Literal["linear", "zero"],
-    loss: Literal["block", "kl", "lm"],
+    loss: Literal["block"] | Loss,
     temperature: float,
 ) -> tuple[Repair, tuple[GapRecord, ...]]:
     """A trained map in every gap that can have one, and in those that have one; see the recovery `adapter`."""
@@ -47,7 +48,8 @@ def train_adapters(
         updates = Updates(bench, places, pupil.repair)
         trace = trained(bench, options, pupil, numbers, updates, updates.measure)
     else:
-        trace = trained(bench, options, pupil, numbers, Predictions(pupil, loss, temperature))
+        taught = lesson_of(pupil, loss, bench.examples, temperature=temperature)
+        trace = trained(bench, options, pupil, numbers, taught)
     helped = bool(trace.best(bench.force))  # if not, only what has a closed form is worth something
     settings: Told = {"init": init, "loss": loss, **told(options, trace, bench.force)}
     records = [

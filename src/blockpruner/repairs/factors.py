@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from blockpruner.anatomy.probing import asking, stood_in
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError, missing_extra
 from blockpruner.repairs.courses import Number
+from blockpruner.repairs.fisher import Loss, lesson_of
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
-from blockpruner.repairs.teaching import Predictions, check_predicts
+from blockpruner.repairs.teaching import check_predicts
 from blockpruner.repairs.tuning import record_of, told, trained, wide
 from blockpruner.surgery.gaps import Repair
 
@@ -26,7 +27,7 @@ def train_lora(
     options: Trained,
     shape: Mapping[str, float],
     targets: str,
-    loss: Literal["lm", "kl"],
+    loss: Loss,
     temperature: float,
 ) -> tuple[Repair, tuple[GapRecord, ...]]:
     """LoRA trained and merged; see the recovery `lora`. shape: rank, alpha and dropout, as peft calls them."""
@@ -41,7 +42,7 @@ def train_lora(
             for name, p in module.named_parameters()
             if "lora_" in name
         }
-        trace = trained(bench, options, pupil, numbers, Predictions(pupil, loss, temperature))
+        trace = trained(bench, options, pupil, numbers, lesson_of(pupil, loss, bench.examples, temperature=temperature))
         merged = {} if not trace.best(bench.force) else _merged(bench, wrapped)
     place = f"LoRA on {len(merged) if merged else len(found)} projections"
     beyond = {"no projections in": ", ".join(kinds)} if (kinds := _beyond(bench.anatomy, bench.mask, found)) else {}

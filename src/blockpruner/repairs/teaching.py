@@ -8,7 +8,7 @@ where they differ, or cannot be had, all logits of one window at a time are held
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -137,20 +137,21 @@ class Predictions:
     @torch.no_grad()
     def judge(self, part: Examples) -> float:
         """The sum of cross entropy over the predicted tokens, in nats, with dropout off."""
-        part, total = part.to(self.pupil.model.device), 0.0
-        asked = part.targets != IGNORED
         with self.pupil.pruned():
-            if self.whole:
-                for row in part.rows():
-                    logits = self.pupil.model(**row.inputs, **self.ends.extra).logits
-                    here = row.targets != IGNORED
-                    total += float(token_losses(logits[here], row.targets[here]).double().sum())
-                return total
-            last, _ = self.ends.body(part)
-            for at in self._pieces(part):
-                logits, here = self.ends.logits(last[:, at], part, at), asked[:, at]
-                total += float(token_losses(logits[here], part.targets[:, at][here]).double().sum())
-        return total
+            found = self.predicted(part.to(self.pupil.model.device))
+            return sum(float(token_losses(logits, targets).double().sum()) for logits, targets in found)
+
+    def predicted(self, part: Examples) -> Iterator[tuple[Tensor, Tensor]]:
+        """The logits [n, vocabulary] and targets [n] of all that is predicted, by the model as it is now, in parts."""
+        if self.whole:
+            for row in part.rows():
+                here = row.targets != IGNORED
+                yield self.pupil.model(**row.inputs, **self.ends.extra).logits[here], row.targets[here]
+            return
+        last, _ = self.ends.body(part)
+        for at in self._pieces(part):
+            here = part.targets[:, at] != IGNORED
+            yield self.ends.logits(last[:, at], part, at)[here], part.targets[:, at][here]
 
     def probe(self, examples: Examples, numbers: Mapping[str, nn.Parameter]) -> None:
         """Hold all logits of a window at once from now on, and say so, if pieces do not give the same gradients."""

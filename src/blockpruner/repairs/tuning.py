@@ -7,7 +7,6 @@ which stand in their places only while the pruned model runs.
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from blockpruner.blocks import Mask, format_mask
 from blockpruner.errors import InputError
 from blockpruner.loading.models import computation
 from blockpruner.repairs.courses import Course, Lesson, Number, Trace
+from blockpruner.repairs.fisher import Loss, head_of, lesson_of
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
 from blockpruner.repairs.teaching import Predictions, check_predicts
@@ -32,15 +32,23 @@ Gauge = Callable[[Examples], float]  # what is measured of text on which nothing
 
 
 def train_weights(
-    bench: Bench, options: Trained, loss: Literal["lm", "kl"], temperature: float = 1.0, hidden: float = 0.0
+    bench: Bench, options: Trained, loss: Loss, temperature: float = 1.0, hidden: float = 0.0
 ) -> tuple[Repair, tuple[GapRecord, ...]]:
-    """New values for all parameters that are left, replacements too; see `distill` and `continued`."""
+    """New values for all parameters that are left, replacements too; see `distill` and `continued`.
+
+    Without the head for `fisher`, which does not see it.
+    """
     check_predicts(bench.model, bench.examples)
     maps = {path: live(module, options) for path, module in bench.start.replacements.items()}
     left = left_of(bench)
-    made, trace = tuned(
-        bench, options, left, lambda pupil: (Predictions(pupil, loss, temperature, hidden), None), maps=maps
-    )
+    if loss == "fisher":
+        head = head_of(bench.model).weight
+        left = {name: parameter for name, parameter in left.items() if parameter is not head}
+
+    def taught(pupil: Pupil) -> tuple[Lesson, None]:
+        return lesson_of(pupil, loss, bench.examples, temperature=temperature, hidden=hidden), None
+
+    made, trace = tuned(bench, options, left, taught, maps=maps)
     numbers = len(left) + sum(len(list(module.parameters())) for module in maps.values())
     record = record_of(bench, f"all {numbers} parameters", {"loss": loss, **told(options, trace, bench.force)}, trace)
     return made, (record,)
