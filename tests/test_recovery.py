@@ -1,6 +1,7 @@
 """Closed-form recoveries: what they put in the place of removed blocks, and what they refuse."""
 
 import functools
+import logging
 from typing import Any
 
 import pytest
@@ -346,6 +347,38 @@ def test_without_other_text_the_last_fifth_is_held_out():
     assert record.held_out == examples(model).part(10, 12).fingerprint
     with pytest.raises(InputError, match="4 windows are too few"):
         recover(model, anatomy, parse_mask("mlp.1"), parse_recovery("bias"), examples(model, 4))
+
+
+def test_of_the_last_fifth_what_is_fitted_on_too_does_not_judge(caplog):
+    model, anatomy = made("causal/llama")
+    ids = examples(model).inputs["input_ids"]
+    twice = examples_of(model, torch.cat([ids[:10], ids[:1], ids[10:11]]))
+    with caplog.at_level(logging.WARNING):
+        _, record = recover(model, anatomy, parse_mask("mlp.1"), parse_recovery("bias"), twice)
+    assert "1 of 2 windows to judge by are left out" in caplog.text
+    assert record.tokens == (10 * 24, 24)
+    assert record.held_out == twice.part(11, 12).fingerprint
+    everything = examples_of(model, torch.cat([ids[:10], ids[:2]]))
+    with pytest.raises(InputError, match=r"2 of the windows .* are also fitted on") as error:
+        recover(model, anatomy, parse_mask("mlp.1"), parse_recovery("bias"), everything)
+    assert error.value.fix == "hold out other text"
+
+
+def test_a_dense_model_whose_loss_is_not_finite_judges_nothing():
+    model = FAMILIES["llama"]()
+    anatomy = read_anatomy(model)
+    model.model.layers[3].mlp.down_proj.weight.data[0, 0] = float("nan")
+    for removed in ("mlp.1", "mlp.3"):  # where it is what is removed, the pruned model's is finite
+        with pytest.raises(InputError, match="loss of the dense model is not a finite number"):
+            recover(model, anatomy, parse_mask(removed), parse_recovery("bias"), examples(model))
+
+
+def test_a_pruned_model_whose_loss_is_not_finite_can_be_mended(trained, monkeypatch):
+    model, anatomy, text = trained
+    mask, true = parse_mask("mlp.1"), recovering.loss
+    monkeypatch.setattr(recovering, "loss", lambda *given: None if len(given) == 4 else true(*given))
+    _, record = recover(model, anatomy, mask, parse_recovery("linear"), text.part(12, 32), text.part(0, 12))
+    assert (record.pruned, record.applied, record.recovered_share) == (None, True, None)
 
 
 def test_too_few_tokens_for_a_map_are_an_error_that_names_the_block():

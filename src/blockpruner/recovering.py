@@ -1,5 +1,6 @@
 """A pruned model made better: recoveries run, each judged on held-out text, and applied if that agrees."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from blockpruner.engine.objective import ModelObjective
 from blockpruner.errors import InputError
 from blockpruner.recoveries import RECOVERIES, format_chain
 from blockpruner.registry import format_method
+from blockpruner.repairs.courses import rows_of
 from blockpruner.repairs.recovery import Bench, GapRecord, Recovery, RecoveryRecord, StepRecord
 from blockpruner.searching.contract import DENSE, Progress
 from blockpruner.searching.evaluations import Evaluations
@@ -24,6 +26,7 @@ from blockpruner.texts.examples import IGNORED, Examples
 
 RUN = 32  # tokens in a row that two texts have in common
 HELD_OUT = 5  # where no other text is given, the last fifth of the windows is held out
+_log = logging.getLogger("blockpruner")
 
 
 def recover(
@@ -45,12 +48,17 @@ def recover(
     without them the last fifth of `examples` is held out. A step with which the held-out loss is larger than before it
     is left out, and the record says so, unless `force`. folder: for checkpoints of what is trained, from which the same
     call goes on. Cost: the methods', and two evaluations of the loss on the held-out examples, and one per method.
-    InputError where text to fit on is held out as well, or a method cannot do it.
+    InputError where text to fit on is held out as well, the dense model's loss is not finite, or a method cannot do it.
     """
     anatomy.outline.check(mask, "the plan")
     fit, held_out = apart(examples, held_out)
     chain = tuple(method) if isinstance(method, Sequence) else (method,)
     dense, pruned = loss(model, anatomy, held_out), loss(model, anatomy, held_out, mask)
+    if dense is None and held_out.question != "states":  # that of the pruned model may be, and a recovery mend it
+        raise InputError(
+            "the held-out loss of the dense model is not a finite number, so nothing can be judged by it",
+            fix="load it with --dtype float32, or hold out other text",
+        )
     bench = Bench(model, anatomy, mask, fit, held_out, force, progress)
     repair, made, recovered, steps = UNREPAIRED, UNREPAIRED, pruned, list[StepRecord]()
     for number, each in enumerate(chain, 1):
@@ -62,7 +70,7 @@ def recover(
             found, reason = recovered, _unchanged(gaps)
         else:
             found = loss(model, anatomy, held_out, mask, made)
-            reason = "" if force or dense is None else _worse(recovered, found)
+            reason = "" if force or held_out.question == "states" else _worse(recovered, found)
         steps.append(StepRecord(method=name, gaps=gaps, recovered=found, applied=not reason, reason=reason))
         if not reason:
             repair, recovered = made, found
@@ -124,35 +132,51 @@ def loss(
 
 
 def apart(examples: Examples, held_out: Examples | None) -> tuple[Examples, Examples]:
-    """Text to fit on, and other text to judge by; InputError if some of it is the same."""
+    """Text to fit on, and other text to judge by; InputError if some of it is the same.
+
+    Of the last fifth, which judges where no other text is given, what the rest has too is left out.
+    """
     for asked in (examples, held_out):
         if asked is not None and asked.question == "choices":
             raise InputError("a recovery is fitted on windows of text, not on items with answers", fix="give text")
-    if held_out is None:
-        last = len(examples) // HELD_OUT
-        if not last:
-            raise InputError(
-                f"{len(examples)} windows are too few to hold one of {HELD_OUT} out",
-                fix="give more text, or text of its own to hold out",
-            )
-        return examples.part(0, len(examples) - last), examples.part(len(examples) - last, len(examples))
-    if common := _in_common(examples, held_out):
+    fit, judged = _split(examples) if held_out is None else (examples, held_out)
+    common = _in_common(fit, judged)
+    others = [number for number in range(len(judged)) if number not in common]
+    if common and (held_out is not None or not others):
         raise InputError(
-            f"{common} of the windows that a recovery is judged by are also fitted on, or parts of them are",
+            f"{len(common)} of the windows that a recovery is judged by are also fitted on, or parts of them are",
             fix="hold out other text",
         )
-    return examples, held_out
+    if common:
+        _log.warning("%d of %d windows to judge by are left out: they are fitted on too", len(common), len(judged))
+        judged = rows_of(judged, others)
+    return fit, judged
 
 
-def _in_common(examples: Examples, held_out: Examples) -> int:
-    """How many windows to judge by share text with those to fit on: all of it, or twice RUN tokens, wherever it stands.
+def _split(examples: Examples) -> tuple[Examples, Examples]:
+    """All but the last fifth of the windows, and that."""
+    last = len(examples) // HELD_OUT
+    if not last:
+        raise InputError(
+            f"{len(examples)} windows are too few to hold one of {HELD_OUT} out",
+            fix="give more text, or text of its own to hold out",
+        )
+    return examples.part(0, len(examples) - last), examples.part(len(examples) - last, len(examples))
+
+
+def _in_common(examples: Examples, held_out: Examples) -> set[int]:
+    """The windows to judge by that share text with those to fit on: all of it, or twice RUN tokens, wherever it stands.
 
     Every RUN-th run of the one is looked for at every place of the other, so that what is cut up otherwise is seen.
     """
     fit, judged = _texts(examples), _texts(held_out)
     whole = {row.tobytes() for row in fit}
     runs = {bytes(run) for row in fit for run in _runs(row)[::RUN]}
-    return sum(row.tobytes() in whole or len({bytes(run) for run in _runs(row)} & runs) > 1 for row in judged)
+    return {
+        number
+        for number, row in enumerate(judged)
+        if row.tobytes() in whole or len({bytes(run) for run in _runs(row)} & runs) > 1
+    }
 
 
 def _texts(examples: Examples) -> "np.ndarray[Any, Any]":
