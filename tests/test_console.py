@@ -57,6 +57,14 @@ def test_the_end_is_always_told_and_has_no_time_left(clock, capsys):
     assert reports(clock, capsys, (0, 0, 2), (1, 1, 2), (1, 2, 2))[-1] == "step 1: 2 of 2"
 
 
+def test_the_time_left_of_a_job_is_not_told_by_the_speed_of_the_one_before_it(clock, capsys):
+    lines = reports(clock, capsys, (0, 0, 9), (600, 9, 9), (20, 11, 24), (100, 13, 24), (0, 1, 24), (80, 2, 24))
+    assert lines == [
+        *("step 1: 0 of 9", "step 1: 9 of 9", "step 1: 13 of 24, about 9 min 10 s left"),
+        "step 1: 2 of 24, about 29 min 20 s left",
+    ]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

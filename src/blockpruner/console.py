@@ -26,19 +26,24 @@ def say(message: str) -> None:
 
 
 class Progress:
-    """Progress lines of one job, with the time left from the speed since the first call: a resumed run is no fast one.
+    """Progress lines, with the time left from the speed since the first call: a resumed run is no fast one.
 
-    On a terminal one line is rewritten; elsewhere there is a line for the first call, one at most every QUIET_SECONDS
-    after it, and one when all is done.
+    A job is over when all is done, or when less is done than before; what comes then is another. On a terminal one line
+    is rewritten; elsewhere there is a line for the first call, one at most every QUIET_SECONDS after it, and one when
+    all is done.
     """
 
     def __init__(self) -> None:
-        self._first: tuple[float, int] | None = None
+        self._first = (0.0, 0)
+        self._last, self._total = 0, 0
         self._spoken = -math.inf
 
     def __call__(self, done: int, total: int, message: str) -> None:
         now = time.monotonic()
-        since, before = self._first = self._first or (now, done)
+        if done < self._last or self._last >= self._total:
+            self._first = (now, done)
+        self._last, self._total = done, total
+        since, before = self._first
         live = sys.stderr.isatty()
         if done < total and not live and now - self._spoken < QUIET_SECONDS:
             return
