@@ -175,6 +175,17 @@ def test_training_that_does_not_help_leaves_nothing_behind(learned):
         assert record.recovered == record.pruned
 
 
+def test_training_that_did_not_help_can_still_be_taken_by_force(learned, tmp_path):
+    method = f"lora:lr=1,{QUICK},evaluate_every=2"
+    repair, record = mended(learned, method, folder=tmp_path)
+    assert (repair == UNREPAIRED, record.applied) == (True, False)
+    forced, record = mended(learned, method, folder=tmp_path, force=True)
+    assert record.applied
+    alone, _ = mended(learned, method, force=True)
+    assert forced.weights
+    assert all(torch.equal(value, alone.weights[name]) for name, value in forced.weights.items())
+
+
 def test_a_whole_model_can_be_trained_too_as_a_ceiling(learned):
     repair, record = mended(learned, f"lora:lr=0.001,{QUICK}", parse_mask("dense"))
     assert record.removed == "dense"

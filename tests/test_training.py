@@ -170,6 +170,26 @@ def test_what_only_gets_worse_is_taken_where_that_is_forced():
     assert (trace.best(), trace.best(force=True)) == (0, 2)
 
 
+def test_what_was_trained_for_nothing_is_found_by_force_afterwards(tmp_path):
+    losses = [1.0, 4.0, 2.0, 3.0, 5.0]
+    options = dataclasses.replace(QUICK, patience=0)
+
+    def trained(folder, force):
+        line, told = Line(), iter(losses)
+        trace = train(
+            dataclasses.replace(course(line, options, force=force, folder=folder), judge=lambda _: (next(told), 1.0))
+        )
+        return line, trace
+
+    forced, trace = trained(tmp_path / "forced", force=True)
+    _, plain = trained(tmp_path / "plain", force=False)
+    assert (plain.best(), trace.best(force=True)) == (0, 2)
+    again, resumed = trained(tmp_path / "plain", force=True)
+    assert resumed == trace
+    assert not again.seen
+    assert torch.equal(again.point, forced.point)
+
+
 def test_a_loss_that_is_not_finite_is_an_error_and_one_held_out_is_not_the_best():
     line = Line()
     broken = dataclasses.replace(course(line), lesson=Broken(line))

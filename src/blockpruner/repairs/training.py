@@ -2,7 +2,8 @@
 
 Which windows a step sees, and its noise, depend on (seed, step) alone, so a checkpoint is the numbers, AdamW's two
 moments of each, and the step. Sums are made in the masters: float32 copies of what the model computes with, where that
-is narrower. Checkpoints are written at every look at the held-out text; of these the newest and the best stay.
+is narrower. Checkpoints are written at every look at the held-out text; of these the newest and the best stay, also
+where none is as good as the beginning, so that what was trained can still be taken by force.
 """
 
 import contextlib
@@ -168,7 +169,7 @@ class _Loop:
                 held = {name: state[moment] for name, state in states.items() if state}
                 write_bytes(aside / f"{moment}.safetensors", save(held))
             self.trace.save(aside / "trace.json")
-        stay = {_place(folder, self.trace.step), _place(folder, self.trace.best(self.course.force))}
+        stay = {_place(folder, self.trace.step), _place(folder, self.trace.best(force=True))}
         for old in (*folder.glob("step-*"), *folder.glob(".step-*")):
             if old not in stay:
                 shutil.rmtree(old)
@@ -193,7 +194,7 @@ class _Loop:
 
     def _identity(self) -> str:
         course = self.course
-        digest = hashlib.sha256(f"{course.identity} {self.options!r} {course.force}".encode())
+        digest = hashlib.sha256(f"{course.identity} {self.options!r}".encode())
         digest.update(f" {course.examples.fingerprint} {course.held_out.fingerprint}".encode())
         for name, master in sorted(self.masters.items()):
             flat = master.detach().flatten()
