@@ -17,9 +17,9 @@ from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import parse_mask
 from blockpruner.errors import InputError
-from blockpruner.recoveries import RECOVERIES, parse_recovery
+from blockpruner.recoveries import RECOVERIES, parse_chain, parse_recovery
 from blockpruner.registry import format_method
-from blockpruner.repairs.closed_form import ClosedForm, Given, fitted_at, gathered, regressors_of, replacement
+from blockpruner.repairs.closed_form import TAKEN, ClosedForm, Given, fitted_at, gathered, regressors_of, replacement
 from blockpruner.repairs.recovery import Bench
 from blockpruner.repairs.updates import UpdatesAt, stream_after, token_axes
 from blockpruner.standin import Replacement, StandIn
@@ -362,6 +362,17 @@ def test_of_the_last_fifth_what_is_fitted_on_too_does_not_judge(caplog):
     with pytest.raises(InputError, match=r"2 of the windows .* are also fitted on") as error:
         recover(model, anatomy, parse_mask("mlp.1"), parse_recovery("bias"), everything)
     assert error.value.fix == "hold out other text"
+
+
+def test_a_method_that_finds_every_place_taken_says_so():
+    model, anatomy = made("causal/llama")
+    mask, text = parse_mask("attention.1+mlp.1+mlp.3"), examples(model)
+    for method in ("bias", "linear", "span", "replaceme", "replaceme:target=dense"):
+        _, record = recover(model, anatomy, mask, parse_chain(f"linear,{method}"), text, force=True)
+        second = record.steps[1]
+        assert (second.applied, second.gaps != ()) == (False, True), method
+        assert second.reason == f"nothing was recovered: {second.gaps[0].removed}: {TAKEN}"
+        assert not any(gap.applied for gap in second.gaps)
 
 
 def test_a_dense_model_whose_loss_is_not_finite_judges_nothing():

@@ -15,7 +15,7 @@ from blockpruner.blocks import parse_mask
 from blockpruner.errors import InputError
 from blockpruner.recoveries import parse_chain, parse_recovery
 from blockpruner.recovering import recover
-from blockpruner.repairs.closed_form import WORSE
+from blockpruner.repairs.closed_form import TAKEN, WORSE
 from blockpruner.repairs.normal_equations import NormalEquations, ridge_map
 from blockpruner.repairs.recovery import Bench
 from blockpruner.repairs.span_maps import SpanAt
@@ -188,12 +188,16 @@ def test_what_another_method_does_after_spans_leaves_them_and_their_other_gaps_a
     bench = replace(bench, mask=bench.mask | parse_mask("mlp.3"))
     begun, _ = mended("span:rank=4", bench)
     bench = replace(bench, start=begun)
-    repair, (record,) = mended("linear:rank=4", bench)
-    assert record.removed == "mlp.3"
+    repair, records = mended("linear:rank=4", bench)
+    assert [record.removed for record in records if record.applied] == ["mlp.3"]
+    assert {record.reason for record in records if not record.applied} == {TAKEN}
     assert set(repair.replacements) == {*begun.replacements, "model.layers.3.mlp"}
     assert repair.spans == begun.spans
     again, records = mended("span:rank=4", bench)
-    assert (again.replacements, [r.removed for r in records]) == (begun.replacements, ["mlp.3"])
+    assert again.replacements == begun.replacements
+    assert [(r.place, r.reason == TAKEN) for r in records] == [
+        *(("model.layers.1", True), ("model.layers.3.mlp", False)),
+    ]
 
 
 def test_spans_and_what_is_left_are_filled_by_a_chain():
@@ -203,7 +207,7 @@ def test_spans_and_what_is_left_are_filled_by_a_chain():
     found: Any = recover(model, anatomy, mask, chain, examples(model), force=True)
     repair, record = found
     assert [step.method.partition(":")[0] for step in record.steps] == ["span", "linear"]
-    assert [gap.removed for gap in record.steps[1].gaps] == ["mlp.3"]
+    assert [gap.removed for gap in record.steps[1].gaps if gap.applied] == ["mlp.3"]
     assert len(repair.replacements) == 2
 
 

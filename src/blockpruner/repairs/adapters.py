@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blockpruner.errors import UnsupportedModelError
-from blockpruner.repairs.closed_form import MADE_UP, ClosedForm, fill_gaps, left_alone, regressors_of
+from blockpruner.repairs.closed_form import MADE_UP, TAKEN, ClosedForm, fill_gaps, left_alone, regressors_of
 from blockpruner.repairs.courses import Number
 from blockpruner.repairs.fisher import Loss, lesson_of
 from blockpruner.repairs.pupil import Pupil
@@ -36,6 +36,7 @@ def train_adapters(
     maps = {path: live(module, options) for path, module in begun.replacements.items()}
     places = {gap.path: gap for gap in gaps(bench.anatomy, bench.mask) if gap.path in maps}
     if loss == "block":  # what stands for more than its gap has no block of its own to be like
+        alone += [left_alone(str(gap), path, TAKEN) for path, gap in places.items() if path in begun.spans]
         places = {path: gap for path, gap in places.items() if path not in begun.spans}
         made_up = {path: gap for path, gap in places.items() if gap.blocks <= begun.made_up}
         alone += [left_alone(str(gap), path, MADE_UP) for path, gap in made_up.items()]

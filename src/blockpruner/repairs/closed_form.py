@@ -25,6 +25,7 @@ BATCH_TOKENS = 2048
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance of an input: those that held-out text chooses from
 
 WORSE = "held-out text is better off without it"
+TAKEN = "something stands there already; put first the method that is to fill it"
 MADE_UP = "other weights make up for it already; linear with target=dense fits what is still missing"
 
 Regressor = Literal["auto", "input", "stream", "nothing"]
@@ -85,10 +86,13 @@ def fill_gaps(bench: Bench, form: ClosedForm) -> tuple[Repair, tuple[GapRecord, 
     make up for, if what the block would add is to be mapped: it would be added twice.
     """
     repair, records = bench.start, list[GapRecord]()
-    places = [gap for gap in gaps(bench.anatomy, bench.mask) if not repair.stands_for(gap)]
+    places = gaps(bench.anatomy, bench.mask)
     axes = token_axes(bench.model)
     for number, gap in enumerate(places):
         bench.report(number, len(places), f"fitting {gap}")
+        if repair.stands_for(gap):
+            records.append(left_alone(str(gap), gap.path, TAKEN))
+            continue
         if form.target == "block" and gap.blocks <= repair.made_up:
             records.append(left_alone(str(gap), gap.path, MADE_UP))
             continue

@@ -13,7 +13,7 @@ from torch import Tensor
 from blockpruner.anatomy.parts import Anatomy
 from blockpruner.blocks import Block, Mask, format_mask
 from blockpruner.errors import InputError
-from blockpruner.repairs.closed_form import BATCH_TOKENS, MADE_UP, WORSE, Ridge, Target, left_alone, ridges
+from blockpruner.repairs.closed_form import BATCH_TOKENS, MADE_UP, TAKEN, WORSE, Ridge, Target, left_alone, ridges
 from blockpruner.repairs.folding import Projection, foldable, projection
 from blockpruner.repairs.normal_equations import LinearMap, NormalEquations, ridge_map
 from blockpruner.repairs.recovery import Bench, GapRecord
@@ -54,9 +54,13 @@ def runs(anatomy: Anatomy, mask: Mask) -> list[Run]:
 def fold_runs(bench: Bench, ridge: Ridge, sinks: float, target: Target) -> tuple[Repair, tuple[GapRecord, ...]]:
     """New last projections for the blocks before the runs. InputError, with the reasons, if no run can be folded."""
     repair, records, axes = bench.start, list[GapRecord](), token_axes(bench.model)
-    reasons, places = foldable(bench.model, bench.anatomy), _open(bench)
+    reasons, places = foldable(bench.model, bench.anatomy), runs(bench.anatomy, bench.mask)
+    done = [gap.blocks for gap in gaps(bench.anatomy, bench.mask) if bench.start.stands_for(gap)]
     for number, run in enumerate(places):
         bench.report(number, len(places), f"fitting {run}")
+        if any(blocks <= set(run.blocks) for blocks in done):
+            records.append(left_alone(str(run), "", TAKEN))
+            continue
         if target == "block" and bench.start.made_up.intersection(run.blocks):
             records.append(left_alone(str(run), "", MADE_UP))
             continue
@@ -66,16 +70,10 @@ def fold_runs(bench: Bench, ridge: Ridge, sinks: float, target: Target) -> tuple
         fit = _Fit(bench, run, repair, sinks, target, axes)
         repair, record = fit.folded(ridge)
         records.append(record)
-    if records and all(record.error is None and record.reason != MADE_UP for record in records):
+    if records and all(record.error is None and record.reason not in (MADE_UP, TAKEN) for record in records):
         why = "; ".join(f"{record.removed}: {record.reason}" for record in records[:3])
         raise InputError(f"nothing can be folded here: {why}", fix="use linear, which adds a map in the blocks' place")
     return repair, tuple(records)
-
-
-def _open(bench: Bench) -> list[Run]:
-    """The runs in which nothing stands yet."""
-    done = [gap.blocks for gap in gaps(bench.anatomy, bench.mask) if bench.start.stands_for(gap)]
-    return [run for run in runs(bench.anatomy, bench.mask) if not any(blocks <= set(run.blocks) for blocks in done)]
 
 
 def _obstacle(anatomy: Anatomy, run: Run, reasons: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from blockpruner.anatomy.probing import Call, Enough
 from blockpruner.errors import InputError, UnsupportedModelError
 from blockpruner.repairs.closed_form import (
+    TAKEN,
     WORSE,
     ClosedForm,
     Fitted,
@@ -60,6 +61,7 @@ def fill_spans(bench: Bench, form: ClosedForm) -> tuple[Repair, tuple[GapRecord,
         bench.report(number, len(runs), f"fitting {span.numbered}")
         inside = [gap for gap in places if gap.blocks <= span.blocks]
         if any(repair.stands_for(gap) for gap in inside):
+            records.append(left_alone(str(span), span.layers[0].path, TAKEN))
             continue
         try:
             seen = _seen(bench, span, inside, repair, form.sinks, axes)
