@@ -39,7 +39,7 @@ def record(method: str = "span:rank=8", **more) -> Any:
     )
     span = gap.model_copy(update={"settings": {"stands for": "layers 1 to 2"}})
     told: dict[str, Any] = {
-        "steps": (type("Step", (), {"method": method, "applied": True})(),),
+        "steps": (type("Step", (), {"method": method, "applied": True, "gaps": (gap, span)})(),),
         "tokens": (1024, 256),
         "gaps": (gap, span),
         "added_parameters": 80,
@@ -78,6 +78,7 @@ def test_what_a_recovery_did_is_told_with_its_errors_and_the_layers_that_are_lef
     assert "`span:rank=8`, fitted on 1,024 tokens, with 80 parameters added. It won back 75% of the increase." in text
     assert "| recovered | 2.2500 ± 0.2500 |" in text
     assert "On 256 held-out tokens" in text
+    assert "By the numbers of the whole model, `model.layers.1.mlp` stands for layers 1 to 2." in text
     layers = {"": [(0,), (1, 2), (4,)], "decoder": [(1,)]}
     text = model_card(IDENTITY, BY_HAND, WRITTEN, record(), layers=layers)
     assert "Layers with anything left: 0, 1 to 2 (one map), 4. Layers of the decoder with anything left: 1." in text

@@ -158,6 +158,22 @@ def test_maps_that_stand_in_a_run_count_as_what_is_there():
     assert missing(both) < missing(filled)
 
 
+@pytest.mark.parametrize(
+    ("name", "mask", "expected"),
+    [
+        ("causal/llama", "attention.1+mlp.1+attention.2+mlp.2+mlp.3", {"0": "layers 0 to 2", "3": None}),
+        ("causal/llama", "attention.0+mlp.0", {"1": "layers 0 to 1"}),
+        ("seq2seq/t5", "encoder.attention.1+encoder.mlp.1", {"0": "encoder layers 0 to 1"}),
+    ],
+)
+def test_the_record_says_for_which_layers_one_was_trained(name, mask, expected):
+    model, anatomy = made(name)
+    text = examples(model, 4, 16)
+    (method,) = parse_chain(f"streamline:{FAST}")
+    _, records = method.repair(Bench(model, anatomy, parse_mask(mask), text, text, force=True))
+    assert {r.place.rpartition(".")[2]: r.settings.get("stands for") for r in records} == expected
+
+
 @pytest.mark.parametrize("mask", ["dense", "+".join(f"attention.{n}+mlp.{n}" for n in range(4))])
 def test_where_no_layer_is_left_beside_a_gap_nothing_is_done_and_said(mask):
     model, anatomy = made("causal/llama")

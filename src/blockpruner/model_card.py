@@ -134,7 +134,14 @@ def _recovery(record: RecoveryRecord | None) -> list[str]:
     done = ", then ".join(_code(step.method) for step in record.steps if step.applied) or "Nothing"
     said = f"{done}, fitted on {record.tokens[0]:,} tokens, with {record.added_parameters:,} parameters added.{share}"
     note = f"On {record.tokens[1]:,} held-out tokens, by which choices were made. ± standard error over windows."
-    return ["## What was done to win quality back", said, _table(unit, losses), note]
+    stand = [
+        f"{_code(gap.place)} stands for {_plain(str(gap.settings['stands for']))}"
+        for step in record.steps
+        for gap in step.gaps
+        if step.applied and gap.applied and "stands for" in gap.settings
+    ]
+    beyond = [f"By the numbers of the whole model, {', '.join(stand)}."] if stand else []
+    return ["## What was done to win quality back", said, *beyond, _table(unit, losses), note]
 
 
 def _loading(made: Written) -> list[str]:

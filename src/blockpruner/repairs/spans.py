@@ -26,12 +26,15 @@ class Span:
     @property
     def numbered(self) -> str:
         """As in `layers 4 to 7`, counted from 0."""
-        first, last = self.numbers[0], self.numbers[-1]
-        told = f"layer {first}" if first == last else f"layers {first} to {last}"
-        return f"{self.stack} {told}".strip()
+        return numbered(self.stack, self.numbers[0], self.numbers[-1])
 
     def __str__(self) -> str:
         return format_mask(self.blocks)
+
+
+def numbered(stack: str, first: int, last: int) -> str:
+    """These layers of a stack in words."""
+    return f"{stack} {f'layer {first}' if first == last else f'layers {first} to {last}'}".strip()
 
 
 def spans(anatomy: Anatomy, mask: Mask) -> list[Span]:

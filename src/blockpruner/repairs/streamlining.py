@@ -11,6 +11,7 @@ from blockpruner.blocks import Block, Mask, format_mask
 from blockpruner.repairs.closed_form import left_alone
 from blockpruner.repairs.pupil import Ends, Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.spans import numbered
 from blockpruner.repairs.tuning import Gauge, left_of, record_of, told, tuned
 from blockpruner.surgery.gaps import Repair
 from blockpruner.texts.examples import Examples
@@ -20,12 +21,14 @@ from blockpruner.texts.examples import Examples
 class Place:
     """The layer at `path`, which stands for itself and for those behind it up to the one at `behind`.
 
-    blocks: what is gone of these, and before it where it is the first that is left.
+    blocks: what is gone of these, and before it where it is the first that is left; numbered: all those layers, where
+    they are more than one.
     """
 
     path: str
     behind: str
     blocks: Mask
+    numbered: str
 
 
 def places(anatomy: Anatomy, mask: Mask) -> list[Place]:
@@ -39,7 +42,9 @@ def places(anatomy: Anatomy, mask: Mask) -> list[Place]:
         for number, following in zip(left, [*left[1:], len(gone)], strict=True):
             first = 0 if number == left[0] else number
             if blocks := frozenset[Block]().union(*gone[first:following]):
-                found.append(Place(stack.layers[number].path, stack.layers[following - 1].path, blocks))
+                layers = stack.layers[number], stack.layers[following - 1]
+                said = numbered(stack.name, first, following - 1) if following - first > 1 else ""
+                found.append(Place(layers[0].path, layers[1].path, blocks, said))
     return found
 
 
@@ -57,8 +62,12 @@ def train_layers(bench: Bench, options: Trained) -> tuple[Repair, tuple[GapRecor
         return streams, streams.measure
 
     made, trace = tuned(bench, options, parameters, lesson)
-    settings = told(options, trace, bench.force)
-    return made, tuple(record_of(bench, place.path, settings, trace, place.blocks) for place in beside)
+    shared = told(options, trace, bench.force)
+    each = [{**shared, "stands for": place.numbered} if place.numbered else shared for place in beside]
+    return made, tuple(
+        record_of(bench, place.path, settings, trace, place.blocks)
+        for place, settings in zip(beside, each, strict=True)
+    )
 
 
 class Streams:
