@@ -174,11 +174,12 @@ TRAINED = "linear:rank=4,lora:lr=0.003,batch=4,accumulate=1,epochs=2,evaluate_ev
 def test_a_chain_with_training_says_its_price_and_goes_on_where_it_was_killed(recover, monkeypatch):
     done = recover(method=TRAINED, out="whole")
     assert done.code == 0, done.err
-    assert "price: linear: n/2 forward; 3n/2 with target=dense, over 416 tokens\n" in done.err
+    assert "price: linear: 2 gaps: about 1 forward pass over 416 + 96 tokens\n" in done.err
+    assert "of checkpoints on disk\ncheckpoints: whole.run, until the model is saved; with --run they stay" in done.err
     assert "price: lora: 13 steps, 832 tokens forward and backward, no second copy of the weights, 5 times" in done.err
     assert "training, held-out loss" in done.err
     assert "Held-out loss by step: 0: " in done.out
-    assert sorted(path.name for path in Path("whole.run").iterdir()) == [".lock", "2-lora"]
+    assert not Path("whole.run").exists()
     record: Any = RecoveryRecord.load(Path("whole/recovery.json"))
     assert [step.method.partition(":")[0] for step in record.steps] == ["linear", "lora"]
     assert record.recovered.value < record.steps[0].recovered.value
@@ -192,6 +193,7 @@ def test_a_chain_with_training_says_its_price_and_goes_on_where_it_was_killed(re
         assert recover("--run", "runs/mine", method=TRAINED).code == 130
     assert sorted(path.name for path in Path("runs/mine/2-lora").glob("step-*"))[-1] == "step-000000008"
     assert recover("--run", "runs/mine", method=TRAINED).code == 0
+    assert sorted(path.name for path in Path("runs/mine").iterdir()) == [".lock", "2-lora"]
     names = ("recovery.json", "model.safetensors", "plan.json")
     assert all(Path("better", name).read_bytes() == Path("whole", name).read_bytes() for name in names)
     other = recover("--run", "runs/mine", method=TRAINED.replace("0.003", "0.004"), out="other")

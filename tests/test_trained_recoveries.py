@@ -2,6 +2,7 @@
 
 import builtins
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from blockpruner.repairs.factors import lora_targets
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, RecoveryRecord, Trained
 from blockpruner.repairs.updates import UpdatesAt, token_axes
+from blockpruner.searching.costs import readable_bytes
 from blockpruner.standin import Replacement, StandIn
 from blockpruner.surgery.gaps import UNREPAIRED, Gap, Repair, gaps, repaired
 from blockpruner.texts.examples import examples_of
@@ -412,12 +414,50 @@ def test_a_missing_package_is_said_with_the_command_that_installs_it(learned, mo
 
 def test_the_price_counts_tokens_forward_and_backward():
     lora, distill, block, adapter = parse_chain("lora,distill,adapter:loss=block,adapter")
-    prices = [method.price(640, 256, 4096) for method in (lora, distill, block, adapter) if isinstance(method, Trained)]
+    prices = [
+        method.effort(640, 256, 4096) for method in (lora, distill, block, adapter) if isinstance(method, Trained)
+    ]
     assert prices[0].startswith("20 steps, 327,680 tokens forward and backward, no second copy")
     assert "163,840 tokens forward and backward, as many forward in the dense model, a second copy" in prices[1]
     assert "40 steps, 163,840 tokens forward, up to the layer of each gap" in prices[2]
     assert "as many forward in the dense model, no second copy" in prices[3]
     assert all("times 4,096 held-out tokens" in price for price in prices)
+
+
+def test_the_price_says_what_lies_on_disk_which_is_what_checkpoints_hold(learned, tmp_path):
+    model, anatomy, text = learned
+    bench = Bench(model, anatomy, MASK, text.part(8, 32), text.part(0, 8))
+    few = "batch=4,accumulate=1,evaluate_every=3,patience=0"
+    for name in (f"adapter:rank=4,init=zero,loss=lm,{few}", f"lora:{few}", f"streamline:{few}"):
+        folder = tmp_path / name.partition(":")[0]
+        (method,) = parse_chain(name)
+        method.repair(replace(bench, folder=folder))
+        sizes = [sum(f.stat().st_size for f in step.glob("*.safetensors")) for step in folder.glob("step-*")]
+        assert isinstance(method, Trained)
+        said = 12 * method.numbers(bench)
+        assert said == pytest.approx(max(sizes), rel=0.3), name  # what tells names and shapes comes on top
+        assert said < max(sizes)
+        assert f"up to {readable_bytes(2 * said)} of checkpoints on disk" in method.price(bench)
+    (whole,) = parse_chain("continued:masters=stored")
+    left = sum(p.numel() for p in model.parameters()) - sum(anatomy.parts[block].parameters for block in MASK)
+    assert isinstance(whole, Trained)
+    assert whole.numbers(bench) == left
+
+
+def test_closed_forms_say_their_passes_over_both_texts(learned):
+    model, anatomy, text = learned
+    bench = Bench(model, anatomy, parse_mask("attention.1+mlp.1+mlp.3"), text.part(8, 32), text.part(0, 8))
+    said = {
+        "bias": "3 gaps: about 1.5 forward passes",
+        "linear:target=dense": "3 gaps: about 4.5 forward passes",
+        "replaceme": "2 runs: about 4 forward passes",
+        "span": "1 run: about 1 forward pass",
+    }
+    for name, price in said.items():
+        (method,) = parse_chain(name)
+        assert method.price(bench) == f"{price} over 384 + 128 tokens"
+    (adapter,) = parse_chain("adapter")
+    assert adapter.price(bench).startswith("3 gaps: about 1.5 forward passes over 384 + 128 tokens, then 2 steps, ")
 
 
 def test_records_of_one_method_still_load(tmp_path):

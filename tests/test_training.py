@@ -80,7 +80,7 @@ def test_tokens_say_how_much_is_trained_on_whatever_text_there_is():
     options = Trained(tokens=20, batch=2, accumulate=1)
     assert (options.windows(8, 4), options.steps(8, 4)) == (5, 3)
     assert [len(windows_of_step(options, windows(), step)) for step in range(3)] == [2, 2, 1]
-    assert "3 steps, 20 tokens forward and backward" in options.price(8, 4, 16)
+    assert "3 steps, 20 tokens forward and backward" in options.effort(8, 4, 16)
 
 
 def test_the_step_size_rises_falls_and_is_never_zero():

@@ -1,6 +1,7 @@
 """From words to a recovered model: text is read, a recovery runs and is judged, and what it made is saved."""
 
-from contextlib import ExitStack
+import shutil
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Required, Unpack
@@ -13,7 +14,7 @@ from blockpruner.plan import Plan
 from blockpruner.recoveries import RECOVERIES, check_installed, parse_chain
 from blockpruner.recovering import HELD_OUT, apart, recover
 from blockpruner.registry import format_method
-from blockpruner.repairs.recovery import Recovery, RecoveryRecord, Trained
+from blockpruner.repairs.recovery import Bench, Recovery, RecoveryRecord, Trained
 from blockpruner.searching.contract import Progress
 from blockpruner.standin import MODEL_TYPE
 from blockpruner.subject import Subject, save_subject
@@ -78,18 +79,10 @@ class Task:
         return any(isinstance(method, Trained) for method in self.chain)
 
     def price(self) -> list[str]:
-        """What each method of the chain takes, in words: passes over the text to fit on, or tokens of a training."""
-        held, tokens = len(self.examples), self.examples.tokens
-        judged = len(self.held_out) * self.held_out.tokens
-        return [
-            f"{format_method(method, RECOVERIES).partition(':')[0]}: "
-            + (
-                method.price(held, tokens, judged)
-                if isinstance(method, Trained)
-                else f"{method.passes}, over {held * tokens:,} tokens"
-            )
-            for method in self.chain
-        ]
+        """What each method of the chain takes at most, in words: forward passes, or a training."""
+        model, anatomy = self.subject.model, self.subject.anatomy
+        bench = Bench(model, anatomy, self.plan.mask(), self.examples, self.held_out)
+        return [f"{format_method(each, RECOVERIES).partition(':')[0]}: {each.price(bench)}" for each in self.chain]
 
     def run(self, progress: Progress | None = None, run: Path | None = None) -> Mended:
         """Fit and judge. run: the folder for checkpoints of what is trained; a killed training goes on from there.
@@ -158,6 +151,19 @@ def mend(
 ) -> Mended:
     """Fit a recovery for the dense model of `subject` without the blocks of `plan`; see `prepare` and `Task.run`."""
     return prepare(subject, plan, **options).run(progress, run)
+
+
+def forget(run: Path) -> None:
+    """Remove the checkpoints in a run folder, and the folder itself if it holds nothing else."""
+    with run_folder(run):
+        for step in run.glob("[0-9]*-*/step-*"):
+            shutil.rmtree(step)
+        for folder in run.glob("[0-9]*-*"):
+            with suppress(OSError):
+                folder.rmdir()
+        (run / ".lock").unlink()
+    with suppress(OSError):
+        run.rmdir()
 
 
 def _check_whole(subject: Subject) -> None:

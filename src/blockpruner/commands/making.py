@@ -99,7 +99,7 @@ def recover(
 ) -> None:
     """Win quality back: something small where blocks were, or training. Judged on held-out text, step by step."""
     from blockpruner.artifacts import check_new_folder
-    from blockpruner.mending import prepare
+    from blockpruner.mending import forget, prepare
     from blockpruner.plan import Plan
     from blockpruner.recoveries import check_installed, parse_chain
     from blockpruner.tables import print_recovery, print_saved
@@ -122,14 +122,19 @@ def recover(
     )
     for line in task.price():
         say(f"price: {line}")
+    folder = run or out.with_name(f"{out.name}.run")
+    if task.trains:
+        say(f"checkpoints: {folder}, {'where they stay' if run else 'until the model is saved; with --run they stay'}")
     if dry_run:
         if as_json:
             print_json({"price": task.price()})
         return
-    mended = task.run(Progress(), run or out.with_name(f"{out.name}.run"))
+    mended = task.run(Progress(), folder)
     if not as_json:
         print_recovery(mended.record)
     saved = mended.save(out)
+    if task.trains and run is None:
+        forget(folder)
     if as_json:
         print_json({**asdict(saved), "folder": str(saved.folder), "recovery": mended.record.model_dump(mode="json")})
     else:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blockpruner.errors import InputError
-from blockpruner.repairs.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.recovery import Bench, GapRecord, Trained, walks
 
 if TYPE_CHECKING:
     from blockpruner.surgery.gaps import Repair
@@ -43,9 +43,21 @@ class Adapter(Trained):
                 fix="give a rank of 0 or more and a temperature above 0",
             )
 
-    def price(self, held: int, tokens: int, judged: int) -> str:
+    def numbers(self, bench: Bench) -> int:
+        from blockpruner.surgery.gaps import gaps
+
+        width = bench.model.config.get_text_config().hidden_size
+        return len(gaps(bench.anatomy, bench.mask)) * self.added_parameters(width, width)
+
+    def price(self, bench: Bench) -> str:
+        from blockpruner.surgery.gaps import gaps
+
+        begin = f"{walks(bench, len(gaps(bench.anatomy, bench.mask)), 'gap', 0.5)}, then "
+        return f"{begin if self.init == 'linear' else ''}{super().price(bench)}"
+
+    def effort(self, held: int, tokens: int, judged: int) -> str:
         if self.loss != "block":
-            return super().price(held, tokens, judged)
+            return super().effort(held, tokens, judged)
         windows, steps = self.windows(held, tokens), self.steps(held, tokens)
         each = f"{windows * tokens:,} tokens forward, up to the layer of each gap"
         return f"{steps} steps, {each}, {self.copies}, {len(self.looks(steps))} times {judged:,} held-out tokens"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from blockpruner.repairs.recovery import Bench, GapRecord
+from blockpruner.repairs.recovery import Bench, GapRecord, walks
 
 if TYPE_CHECKING:
     from blockpruner.repairs.closed_form import ClosedForm
@@ -33,6 +33,11 @@ class Bias:
         from blockpruner.repairs.closed_form import ClosedForm
 
         return ClosedForm("nothing", sinks=self.sinks)
+
+    def price(self, bench: Bench) -> str:
+        from blockpruner.surgery.gaps import gaps
+
+        return walks(bench, len(gaps(bench.anatomy, bench.mask)), "gap", 0.5)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.closed_form import fill_gaps

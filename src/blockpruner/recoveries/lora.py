@@ -58,6 +58,12 @@ class Lora(Trained):
                 fix="give a rank of 1 or more, alpha and temperature above 0, and dropout from 0 to below 1",
             )
 
+    def numbers(self, bench: Bench) -> int:
+        from blockpruner.repairs.factors import lora_targets
+
+        found = lora_targets(bench.model, bench.anatomy, bench.mask, self.targets)
+        return sum(self.rank * sum(module.weight.shape) for module in found.values())
+
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.factors import train_lora
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blockpruner.repairs.recovery import Bench, GapRecord
+from blockpruner.repairs.recovery import Bench, GapRecord, walks
 
 if TYPE_CHECKING:
     from blockpruner.surgery.gaps import Repair
@@ -35,6 +35,11 @@ class ReplaceMe:
 
     def added_parameters(self, inputs: int, outputs: int) -> int:
         return 0
+
+    def price(self, bench: Bench) -> str:
+        from blockpruner.repairs.folded_runs import runs
+
+        return walks(bench, len(runs(bench.anatomy, bench.mask)), "run", 2)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.folded_runs import fold_runs

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blockpruner.repairs.recovery import Bench, GapRecord
+from blockpruner.repairs.recovery import Bench, GapRecord, walks
 
 if TYPE_CHECKING:
     from blockpruner.surgery.gaps import Repair
@@ -32,6 +32,11 @@ class Span:
 
     def added_parameters(self, inputs: int, outputs: int) -> int:
         return outputs + (self.rank * (inputs + outputs) if self.rank else inputs * outputs)
+
+    def price(self, bench: Bench) -> str:
+        from blockpruner.repairs.spans import spans
+
+        return walks(bench, len(spans(bench.anatomy, bench.mask)), "run", 1)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.closed_form import ClosedForm

@@ -34,6 +34,11 @@ class Streamline(Trained):
     def copies(self) -> str:
         return "a second copy of the layers beside gaps and AdamW's state of them"
 
+    def numbers(self, bench: Bench) -> int:
+        from blockpruner.repairs.streamlining import parameters, places
+
+        return sum(p.numel() for p in parameters(bench, places(bench.anatomy, bench.mask)).values())
+
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.streamlining import train_layers
 

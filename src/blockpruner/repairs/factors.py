@@ -52,13 +52,13 @@ def train_lora(
     return replace(bench.start, weights={**bench.start.weights, **merged}, made_up=bench.mask), (record,)
 
 
-def lora_targets(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, targets: str) -> dict[str, nn.Module]:
+def lora_targets(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, targets: str) -> dict[str, Any]:
     """The linear projections in the blocks that are left, by path: `all`, or kinds of blocks and names, joined by +.
 
     Without those whose weights are also used elsewhere. InputError, with what there is, if nothing is of these names.
     """
     every = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    asked, found, names = targets.split("+"), dict[str, nn.Module](), set[str]()
+    asked, found, names = targets.split("+"), dict[str, Any](), set[str]()
     with stood_in(model, anatomy.stand_ins(mask)):
         for block, part in anatomy.parts.items():
             if block in mask:

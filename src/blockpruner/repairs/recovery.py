@@ -8,6 +8,7 @@ from blockpruner.artifacts import Artifact, Estimate, Record
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError
 from blockpruner.searching.contract import Progress
+from blockpruner.searching.costs import readable_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,6 +144,10 @@ class Recovery(Protocol):
         """How many parameters it adds for one removed block between streams of these widths."""
         ...
 
+    def price(self, bench: Bench) -> str:
+        """What that takes at most on this bench, in words."""
+        ...
+
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         """The repair of the model without `bench.mask`, and what was done at each gap, in the order of depth.
 
@@ -150,6 +155,13 @@ class Recovery(Protocol):
         Deterministic.
         """
         ...
+
+
+def walks(bench: Bench, count: int, place: str, each: float) -> str:
+    """The price of a closed form that takes so many forward passes for each of `count` places."""
+    fit, judged = (len(examples) * examples.tokens for examples in (bench.examples, bench.held_out))
+    places, passes = place if count == 1 else f"{place}s", f"{count * each:g} forward pass"
+    return f"{count} {places}: about {passes}{'' if count * each == 1 else 'es'} over {fit:,} + {judged:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -214,8 +226,20 @@ class Trained:
         every = self.evaluate_every or max(1, -(-steps // 10))
         return sorted({0, steps, *range(0, steps, every)})
 
-    def price(self, held: int, tokens: int, judged: int) -> str:
-        """What the training takes at most, in words; judged: held-out tokens."""
+    def numbers(self, bench: Bench) -> int:
+        """About how many numbers are trained: here all that are left."""
+        gone = bench.anatomy.outline.removed_parameters(bench.mask)
+        return bench.anatomy.total_parameters - gone + bench.start.added_parameters
+
+    def price(self, bench: Bench) -> str:
+        """What the training takes at most, in words: work, memory, and two checkpoints of all numbers and moments."""
+        judged = len(bench.held_out) * bench.held_out.tokens
+        each = 3 * (4 if self.masters == "float32" else bench.model.dtype.itemsize)
+        disk = readable_bytes(2 * each * self.numbers(bench))
+        return f"{self.effort(len(bench.examples), bench.examples.tokens, judged)}, up to {disk} of checkpoints on disk"
+
+    def effort(self, held: int, tokens: int, judged: int) -> str:
+        """What is computed on `held` windows of so many tokens, and copied; judged: held-out tokens."""
         windows, steps = self.windows(held, tokens), self.steps(held, tokens)
         said = f"{steps} steps, {windows * tokens:,} tokens forward and backward"
         beside = f", as many forward in the dense model, {self.copies}" if self.taught else f", {self.copies}"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockpruner.anatomy.parts import Anatomy
 from blockpruner.blocks import Block, Mask, format_mask
@@ -48,20 +48,23 @@ def places(anatomy: Anatomy, mask: Mask) -> list[Place]:
     return found
 
 
+def parameters(bench: Bench, beside: Sequence[Place]) -> dict[str, nn.Parameter]:
+    """The parameters of these layers that are left, by name."""
+    return {name: p for name, p in left_of(bench).items() if any(name.startswith(f"{place.path}.") for place in beside)}
+
+
 def train_layers(bench: Bench, options: Trained) -> tuple[Repair, tuple[GapRecord, ...]]:
     """New values for the layers beside gaps; see the recovery `streamline`."""
     beside = places(bench.anatomy, bench.mask)
-    parameters = {
-        name: p for name, p in left_of(bench).items() if any(name.startswith(f"{place.path}.") for place in beside)
-    }
-    if not parameters:
+    trained = parameters(bench, beside)
+    if not trained:
         return bench.start, (left_alone(format_mask(bench.mask), "", "no layer is left beside it"),)
 
     def lesson(pupil: Pupil) -> tuple[Streams, Gauge]:
         streams = Streams(pupil, [place.behind for place in beside])
         return streams, streams.measure
 
-    made, trace = tuned(bench, options, parameters, lesson)
+    made, trace = tuned(bench, options, trained, lesson)
     shared = told(options, trace, bench.force)
     each = [{**shared, "stands for": place.numbered} if place.numbered else shared for place in beside]
     return made, tuple(
