@@ -307,6 +307,13 @@ def test_a_recovered_model_can_be_pruned_again_and_keeps_what_was_won(run, bette
     masked = bp.evaluate(loaded.model, tokenizer, data=str(prose), masks=masks, **TEXT).contestants[1]
     assert less["loss"]["value"] == pytest.approx(masked.loss.value, abs=1e-5)
     assert less["parameters"] == masked.parameters
+    card = Path("less/README.md").read_text(encoding="utf-8")
+    assert "had lost mlp.1, mlp.3 before" in card
+    assert "see `plan.earlier.json` and `recovery.earlier.json`" in card
+    assert "before" not in Path(saved.folder, "README.md").read_text(encoding="utf-8")
+    for name in ("plan", "recovery"):
+        assert Path(f"less/{name}.earlier.json").read_bytes() == Path(saved.folder, f"{name}.json").read_bytes()
+    assert not Path("less/recovery.json").exists()
     said = run("inspect", "less", *FLOAT32).out
     assert "which stays: model.layers.1, model.layers.3." in said
     held = json.loads(Path("less/config.json").read_text())["blockpruner"]["modules"]

@@ -24,11 +24,17 @@ LICENSE = re.compile(r"^license:\s*[\"']?([A-Za-z0-9][A-Za-z0-9.+-]{0,63})[\"']?
 
 @dataclass(frozen=True)
 class Written:
-    """What was written. form: stock, stand-ins or zeroed; auto_class: of transformers, that loads it."""
+    """What was written.
+
+    form: stock, stand-ins or zeroed; auto_class: of transformers, that loads it; earlier: blocks that what is called
+    the whole model had lost already; files: of what was done then, beside the card.
+    """
 
     form: str
     parameters: int
     auto_class: str
+    earlier: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 def model_card(
@@ -54,6 +60,7 @@ def model_card(
         + (f"they are in the files as zeros; {size}." if made.form == "zeroed" else f"{size}."),
         "## What was removed",
         *_removed(plan),
+        *_earlier(made),
         *_layers(layers or {}),
         *_losses(plan),
         *_recovery(record),
@@ -101,6 +108,17 @@ def _removed(plan: Plan) -> list[str]:
     )
     mark = f" (fingerprint `{said['fingerprint'][:16]}`)" if text else ""
     return [order, steps, f"{found}{read}{mark}."]
+
+
+def _earlier(made: Written) -> list[str]:
+    """What was gone before these removals."""
+    if not made.earlier and not made.files:
+        return []
+    gone = f"lost {', '.join(map(_plain, made.earlier))}" if made.earlier else "been pruned"
+    beside = f": see {' and '.join(map(_code, made.files))}" if made.files else ""
+    return [
+        f"What is called the whole model here had {gone} before, and what had been put in their places stays{beside}."
+    ]
 
 
 def _layers(layers: Mapping[str, Sequence[tuple[int, ...]]]) -> list[str]:

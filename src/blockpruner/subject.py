@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.anatomy.parts import Anatomy
 from blockpruner.anatomy.reading import read_anatomy
+from blockpruner.artifacts import MAX_JSON_BYTES
 from blockpruner.errors import InputError
 from blockpruner.importance.criterion import Criterion
 from blockpruner.loading.models import LoadedModel, identify, stored_dtype
@@ -16,6 +17,7 @@ from blockpruner.model_card import Written, license_of, model_card
 from blockpruner.plan import ModelIdentity, Plan
 from blockpruner.repairs.recovery import RecoveryRecord
 from blockpruner.repairs.spans import layer_map, spans
+from blockpruner.standin import MODEL_TYPE
 from blockpruner.surgery.checkpoint import Form, Saved, save_pruned
 from blockpruner.surgery.gaps import UNREPAIRED, Repair
 
@@ -89,6 +91,8 @@ def save_subject(
 
     Those steps go beside the weights as plan.json, with a model card, and the `extra_files`; repair, record: of a
     recovery.
+    What the folder of a model that was pruned before says of that is kept as plan.earlier.json and
+    recovery.earlier.json.
     All is reloaded and compared, see `checkpoint.save_pruned`.
     InputError, naming `source`, if the plan is not for this model.
     """
@@ -97,9 +101,12 @@ def save_subject(
     taken = plan if first is None else plan.cut(first)
     taken = taken.model_copy(update={"model": taken.model or subject.identity})  # one by hand says of no model
 
+    earlier = _earlier(subject.folder)
+    gone = tuple((getattr(subject.model.config, MODEL_TYPE, None) or {"removed": ()})["removed"])
+
     def card(form: str, parameters: int, auto_class: str) -> str:
         layers = layer_map(anatomy, mask, repair) if spans(anatomy, mask) else None
-        made = Written(form, parameters, auto_class)
+        made = Written(form, parameters, auto_class, gone, tuple(earlier))
         return model_card(subject.identity, taken, made, record, license_of(subject.folder), layers)
 
     return save_pruned(
@@ -110,7 +117,17 @@ def save_subject(
         out,
         form=form,
         source=subject.folder,
-        extra_files={"plan.json": taken.model_dump_json(indent=2).encode() + b"\n", **(extra_files or {})},
+        extra_files={"plan.json": taken.model_dump_json(indent=2).encode() + b"\n", **earlier, **(extra_files or {})},
         repair=repair,
         card=card,
     )
+
+
+def _earlier(folder: Path | None) -> dict[str, bytes]:
+    """The plan and the recovery that made the model in `folder`, by the names under which they are kept."""
+    found = {f"{name}.earlier.json": folder / f"{name}.json" for name in ("plan", "recovery")} if folder else {}
+    return {
+        name: file.read_bytes()
+        for name, file in found.items()
+        if file.is_file() and file.stat().st_size <= MAX_JSON_BYTES
+    }
