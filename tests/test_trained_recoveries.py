@@ -169,7 +169,7 @@ def test_a_method_that_would_drop_what_was_there_cannot_follow(learned, monkeypa
 
 
 def test_training_that_does_not_help_leaves_nothing_behind(learned):
-    for method in ("lora:lr=30,clip=0", "continued:lr=3", "adapter:rank=4,init=zero,loss=lm,lr=50,clip=0"):
+    for method in ("lora:lr=1,clip=0", "continued:lr=3", "adapter:rank=4,init=zero,loss=lm,lr=50,clip=0"):
         repair, record = mended(learned, f"{method},{QUICK}")
         assert repair == UNREPAIRED, method
         assert not record.gaps[0].applied
