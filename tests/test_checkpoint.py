@@ -12,9 +12,10 @@ from pathlib import Path
 import fresh
 import pytest
 import torch
+import zoo
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, anatomy_of, shared, tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.blocks import parse_mask
@@ -199,7 +200,11 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("removed", "tamper", "reason"),
     [
-        (SCATTERED, drop_one, "does not load in a fresh process: missing_keys: model.layers.1.mlp.up_proj.weight"),
+        (
+            SCATTERED,
+            drop_one,
+            "load or run in a fresh process: missing_keys: model.layers.1.mlp.up_proj.weight",
+        ),
         (WHOLE_LAYER, double_one, "logits differ by up to"),
         pytest.param(WHOLE_LAYER, drop_one, "missing_keys", marks=SLOW),
         pytest.param(SCATTERED, double_one, "logits differ", marks=SLOW),
@@ -310,3 +315,26 @@ def test_where_the_stock_form_computes_something_else_stand_ins_are_taken(tmp_pa
     assert saved.difference < 1e-4
     assert "no stock form" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_the_stock_form_cannot_generate_with_its_cache_stand_ins_are_taken(tmp_path, caplog):
+    # T5 of transformers makes the decoder's cache as long as the encoder.
+    model = zoo.build("seq2seq/t5")
+    mask = parse_mask("encoder.attention.1+encoder.mlp.1")
+    saved = save_pruned(model, None, read_anatomy(model), mask, tmp_path / "out")
+    assert saved.form == "stand-ins"
+    assert "no stock form: the checkpoint does not load or run in a fresh process: IndexError" in caplog.text
+    made = AutoModelForSeq2SeqLM.from_pretrained(saved.folder)
+    made.generate(torch.full((1, 8), 20), max_new_tokens=3, decoder_start_token_id=0)
+
+
+@pytest.mark.parametrize(("form", "others"), [("stand-ins", "try --form zeroed,"), ("zeroed", "try --form stand-ins,")])
+def test_the_form_that_failed_is_not_the_one_to_try_next(monkeypatch, tmp_path, form, others):
+    compare = checkpoint.reload_difference
+
+    def elsewhere(folder, auto, inputs, truth, *args, **options):
+        return compare(folder, auto, inputs, truth + 1, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "reload_difference", elsewhere)
+    with pytest.raises(CheckFailedError, match=f"next: nothing was kept; {others} and report"):
+        save("llama", SCATTERED, tmp_path / "out", form=form)

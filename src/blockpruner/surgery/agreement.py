@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +21,20 @@ _log = logging.getLogger("blockpruner")
 
 
 def reload_difference(
-    folder: Path, auto_class: str, inputs: dict[str, Tensor], truth: Tensor, model: PreTrainedModel, *, remote: bool
+    folder: Path,
+    auto_class: str,
+    inputs: dict[str, Tensor],
+    truth: Tensor,
+    model: PreTrainedModel,
+    *,
+    remote: bool,
+    cached: bool = False,
+    others: Sequence[str] = (),
 ) -> float:
     """The largest difference between `truth`, what `model` made of `inputs`, and what the checkpoint makes of them.
 
-    folder: opened by `auto_class` of transformers in a fresh process; remote: with the code beside the weights.
+    folder: opened by `auto_class` of transformers in a fresh process; remote: with the code beside the weights;
+    cached: `truth` goes on with the logits of `reloading.generated`; others: forms to try if this one fails.
 
     As a rule they are the same bits. Where other kernels are at work there they differ by rounding: in float32 up to
     1e-4 of the largest logit is allowed (1e-4 where none is above 1). In 16 bits up to 2e-3 of it is; beyond, rounding
@@ -32,7 +42,10 @@ def reload_difference(
     times as far from that as its own logits in 16 bits are (root mean squares). CheckFailedError if it does not load,
     or differs by more.
     """
-    reload = partial(_logits, folder, auto_class, inputs, str(model.device), remote=remote)
+    options = [*(["remote"] if remote else []), *(["cached"] if cached else [])]
+    instead = f"try {' or '.join(f'--form {form}' for form in others)}, and report" if others else "report"
+    fix = f"nothing was kept; {instead} this message"
+    reload = partial(_logits, folder, auto_class, inputs, str(model.device), options, fix)
     found = reload("auto")
     difference = float((found - truth).abs().max())
     narrow = model.dtype.itemsize < 4
@@ -54,24 +67,21 @@ def reload_difference(
             return difference
     raise CheckFailedError(
         f"the reloaded checkpoint computes something else: logits differ by up to {difference:.3g}",
-        fix="nothing was kept; try --form stand-ins or --form zeroed, and report this message",
+        fix=fix,
     )
 
 
 def _logits(
-    folder: Path, auto_class: str, inputs: dict[str, Tensor], device: str, dtype: str, *, remote: bool
+    folder: Path, auto_class: str, inputs: dict[str, Tensor], device: str, options: list[str], fix: str, dtype: str
 ) -> Tensor:
     with tempfile.TemporaryDirectory() as scratch:
         given, made = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({name: tensor.cpu().contiguous() for name, tensor in inputs.items()}, given)
         command = [sys.executable, "-P", reloading.__file__, str(folder), auto_class, str(given)]
-        command += [str(made), device, dtype, *(["remote"] if remote else [])]
+        command += [str(made), device, dtype, *options]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch, "modules"))}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise CheckFailedError(
-                f"the checkpoint does not load in a fresh process: {reason[0]}",
-                fix="nothing was kept; try --form stand-ins or --form zeroed, and report this message",
-            )
+            raise CheckFailedError(f"the checkpoint does not load or run in a fresh process: {reason[0]}", fix=fix)
         return load_file(made)["logits"].float()

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.anatomy.parts import Anatomy
-from blockpruner.anatomy.probing import example_inputs
+from blockpruner.anatomy.probing import MISFIT, evaluating, example_inputs
 from blockpruner.artifacts import check_new_folder, new_folder
 from blockpruner.blocks import Block, Mask
-from blockpruner.errors import CheckFailedError, InputError
+from blockpruner.errors import CheckFailedError, InputError, is_out_of_memory
 from blockpruner.standin import autos, unpruned
 from blockpruner.surgery import reloading
 from blockpruner.surgery.agreement import reload_difference
@@ -29,6 +29,7 @@ from blockpruner.surgery.repack import Fit, repacked
 
 Form = Literal["stock", "stand-ins", "zeroed"]
 FORMS: tuple[Form, ...] = get_args(Form)
+_CLOSE = 0.05  # what rounding in 16 bits stays within, and a cache that is not kept true does not
 _log = logging.getLogger("blockpruner")
 
 
@@ -36,8 +37,9 @@ _log = logging.getLogger("blockpruner")
 class Saved:
     """What was written: the form, the parameters it has, its bytes of weights, and the largest difference of logits.
 
-    difference: max |logit(reloaded) - logit(dense model whose blocks add nothing)| on 2 x 16 random tokens; with
-    replacements, of the model that has them in the blocks' place.
+    difference: max |logit(reloaded) - logit(dense model whose blocks add nothing)| on 2 x 16 random tokens, and on a
+    few after them with the cache, where that model generates with one; with replacements, of the model that has them in
+    the blocks' place.
     """
 
     folder: Path
@@ -68,7 +70,8 @@ def save_pruned(
     places needs stand-ins, what it makes of other weights goes with every form; card: makes
     README.md of the form that was written, its parameters and the Auto class that loads it.
     InputError when `out` exists or `form` does not fit; CheckFailedError, and no folder, when the reload disagrees.
-    Cost: one forward pass of 2 x 16 tokens here, one load and the same pass in the fresh process.
+    Cost: one forward pass of 2 x 16 tokens here, twice three of generation, one load and about the same in the fresh
+    process.
     """
     check_new_folder(out, sources=(source,) if source else ())
     anatomy.outline.check(mask, "the plan")
@@ -84,7 +87,8 @@ def save_pruned(
         raise InputError(f"replacements of removed blocks have no {form} form", fix="leave out --form")
     form = "stand-ins" if repair.replacements else form
     inputs = example_inputs(model, seed=1)
-    truth = _truth(model, anatomy, mask, repair, inputs)
+    truth, cached = _truth(model, anatomy, mask, repair, inputs)
+    alone = repair is not UNREPAIRED or base is not type(model)  # then no other form can be asked for
     for number, tried in enumerate(forms := _forms(model, anatomy, mask, form)):
         try:
             with new_folder(out) as folder, reweighted(model, repair.weights):
@@ -95,8 +99,12 @@ def save_pruned(
                 readme = {"README.md": card(tried, parameters, makers[0]).encode()} if card else {}
                 for name, data in {**(extra_files or {}), **readme}.items():
                     (folder / name).write_bytes(data)
-                remote = tried == "stand-ins"
-                difference = reload_difference(folder, makers[0], inputs, truth, model, remote=remote)
+                difference = reload_difference(
+                    *(folder, makers[0], inputs, truth, model),
+                    remote=tried == "stand-ins",
+                    cached=cached,
+                    others=[] if alone else [other for other in FORMS[1:] if other != tried],
+                )
                 size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         except CheckFailedError as error:
             if number + 1 == len(forms):
@@ -147,7 +155,9 @@ def _forms(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, form: Form | No
     return [stock] if form == stock else [stock, stand_ins] if fit else [stand_ins]
 
 
-def _truth(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, repair: Repair, inputs: dict[str, Tensor]) -> Tensor:
+def _truth(
+    model: PreTrainedModel, anatomy: Anatomy, mask: Mask, repair: Repair, inputs: dict[str, Tensor]
+) -> tuple[Tensor, bool]:
     """What the checkpoint must compute, by another way than it does, unless something stands in the blocks' places."""
     if repair.replacements:
         with repaired(model, anatomy, mask, repair):
@@ -165,6 +175,23 @@ def _write(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, folder: Path, f
         model.save_pretrained(folder)
 
 
-def _output(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return reloading.first_output(model(**inputs)).float().cpu()
+def _output(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
+    """The logits of `inputs`, and of what is generated after them if that works; and whether it does."""
+    with evaluating(model), torch.no_grad():
+        logits = reloading.first_output(model(**inputs)).float().cpu()
+        after = _generated(model, inputs)
+    return (logits, False) if after is None else (torch.cat([logits, after], dim=1), True)
+
+
+def _generated(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor | None:
+    """Logits of generation with the cache; None where they are not, within _CLOSE of the largest, those without it."""
+    if not model.can_generate():
+        return None
+    try:
+        cached, plain = (reloading.generated(model, inputs, use_cache=use).float().cpu() for use in (True, False))
+    except MISFIT as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+    same = cached.shape == plain.shape and float((cached - plain).abs().max()) <= _CLOSE * float(plain.abs().max())
+    return cached if same else None
