@@ -13,6 +13,7 @@ import torch
 
 import blockpruner as bp
 from blockpruner import cli
+from blockpruner.blocks import format_mask
 from blockpruner.commands import finding, telling
 from blockpruner.data import read_data
 from blockpruner.errors import InputError
@@ -71,6 +72,47 @@ def test_a_mask_a_skipped_and_a_pruned_model_are_worth_the_same(loaded, plan, ch
     assert skipped.parameters == pruned.parameters == masked.parameters < dense.parameters
     (after,) = bp.evaluate(loaded.model, loaded.tokenizer, **options).contestants
     assert after == dense
+
+
+def test_masks_are_named_as_everywhere_by_a_plan_or_by_blocks_as_such_or_as_text(loaded, plan, prose):
+    blocks = sorted(plan.mask(), key=str)
+    masks = {"plan": plan, "blocks": blocks, "text": [str(block) for block in blocks]}
+    options = {"data": prose, "tokens": 32, "window": 16}
+    found = bp.evaluate(loaded.model, loaded.tokenizer, masks=masks, **options).contestants[1:]
+    assert {one.removed for one in found} == {format_mask(plan.mask())}
+    assert len({one.loss.value for one in found}) == 1
+    (cell,) = bp.bench(loaded.model, masks=masks, protocol="quick:rounds=2,new=2,context=8").cells
+    assert len({one.weights_bytes for one in cell.contestants[1:]}) == 1
+    wrong = {"far": ["attention.99"]}
+    with pytest.raises(InputError, match=r"the mask 'far' names blocks this model does not have: attention\.99"):
+        bp.evaluate(loaded.model, loaded.tokenizer, masks=wrong, **options)
+    with pytest.raises(InputError, match=r"the mask 'far' names blocks this model does not have: attention\.99"):
+        bp.bench(loaded.model, masks=wrong)
+
+
+def test_an_option_that_there_is_not_is_a_type_error_in_every_function(loaded, plan, prose, tmp_path):
+    text: Any = {"window": 16, "tokns": 32}
+    given = (loaded.model, loaded.tokenizer)
+    calls = {
+        "search": lambda: bp.search(*given, target="blocks=1", calibration=prose, **text),
+        "score": lambda: bp.score(*given, criteria=["deepest"], calibration=prose, **text),
+        "recover": lambda: bp.recover(*given, plan, tmp_path / "out", method="bias", calibration=prose, **text),
+        "explain": lambda: bp.explain(*given, plan, calibration=prose, **text),
+        "evaluate": lambda: bp.evaluate(*given, data=prose, **text),
+    }
+    for call in calls.values():
+        with pytest.raises(TypeError, match="unexpected keyword argument 'tokns'"):
+            call()
+
+
+def test_text_is_named_by_a_path_as_well_as_by_its_name(loaded, plan, prose, tmp_path):
+    text: Any = {"tokens": 96, "window": 16}
+    given = (loaded.model, loaded.tokenizer)
+    assert bp.search(*given, target="blocks=2", calibration=prose, **text) == plan
+    assert bp.score(*given, criteria=["deepest"], calibration=prose, **text).criteria
+    assert bp.explain(*given, plan, calibration=prose, criteria=(), **text).steps
+    with pytest.raises(InputError, match="also fitted on"):
+        bp.recover(*given, plan, tmp_path / "out", method="bias", calibration=prose, held_out=prose, **text)
 
 
 def test_saved_and_loaded_a_plan_computes_what_it_promised(checkpoint, plan, prose, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """The verbs of the command line as Python functions on models in memory; same words, same defaults."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from blockpruner import explaining, scoring
 from blockpruner.anatomy.parts import Anatomy
 from blockpruner.anatomy.reading import read_anatomy
 from blockpruner.artifacts import run_folder
-from blockpruner.blocks import Block, Mask, parse_mask
+from blockpruner.blocks import Mask, parse_mask
 from blockpruner.engine.hands import Crew
 from blockpruner.errors import InputError
 from blockpruner.evaluation import speed
@@ -35,6 +35,7 @@ from blockpruner.scoring import compare
 from blockpruner.searching.contract import Progress
 from blockpruner.subject import Subject, save_subject, subject_of
 from blockpruner.surgery.checkpoint import Form, Saved
+from blockpruner.surgery.removal import Removal, blocks_of
 from blockpruner.texts.calibration import TextOptions
 
 
@@ -65,7 +66,6 @@ class SearchOptions(TextOptions, total=False):
 class RecoverOptions(TextOptions, total=False):
     """The options of `blockpruner recover`; see `mending.mend`."""
 
-    held_out: str | None
     first: int | None
     force: bool
     seed: int
@@ -81,7 +81,7 @@ def search(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     target: str,
-    calibration: str,
+    calibration: Path | str,
     run: Path | str | None = None,
     progress: Progress | None = None,
     crew: Crew | None = None,
@@ -93,7 +93,7 @@ def search(
     crew: workers that load `model` by its name, see `hands.Crew`; one that is in memory alone must be saved first.
     """
     costs = None if run is None else Path(run) / "costs.json"
-    task = prepare(_subject(model, tokenizer), target=target, calibration=calibration, costs=costs, **options)
+    task = prepare(_subject(model, tokenizer), target=target, calibration=str(calibration), costs=costs, **options)
     return find_plan(task, None if run is None else Path(run), progress, crew=crew)
 
 
@@ -102,7 +102,7 @@ def score(
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     criteria: Sequence[str | Criterion],
-    calibration: str,
+    calibration: Path | str,
     run: Path | str | None = None,
     progress: Progress | None = None,
     crew: Crew | None = None,
@@ -113,7 +113,7 @@ def score(
     criteria: names with their options, or objects of your own that keep the promise of `criterion.Criterion`.
     crew: workers, as for `search`.
     """
-    comparison = compare(_subject(model, tokenizer), criteria=criteria, calibration=calibration, **options)
+    comparison = compare(_subject(model, tokenizer), criteria=criteria, calibration=str(calibration), **options)
     return scoring.score(comparison, None if run is None else Path(run), progress, crew)
 
 
@@ -140,7 +140,8 @@ def recover(
     out: Path | str,
     *,
     method: str,
-    calibration: str,
+    calibration: Path | str,
+    held_out: Path | str | None = None,
     run: Path | str | None = None,
     progress: Progress | None = None,
     **options: Unpack[RecoverOptions],
@@ -153,7 +154,8 @@ def recover(
     mended = mend(
         *(_subject(model, tokenizer), plan),
         method=method,
-        calibration=calibration,
+        calibration=str(calibration),
+        held_out=None if held_out is None else str(held_out),
         run=None if run is None else Path(run),
         progress=progress,
         **options,
@@ -165,8 +167,8 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    data: str | None = None,
-    masks: Mapping[str, Iterable[Block]] | None = None,
+    data: Path | str | None = None,
+    masks: Mapping[str, Removal] | None = None,
     protocol: str | None = None,
     suite: str | None = None,
     tasks: str | None = None,
@@ -180,18 +182,19 @@ def evaluate(
     progress: Progress | None = None,
     **text: Unpack[TextOptions],
 ) -> Assessment:
-    """Quality of `model`, the reference, and of the model without each of `masks` (name -> blocks).
+    """Quality of `model`, the reference, and of the model without each of `masks` (name -> what `skipped` takes).
 
     data: text, for which all are computed in one sweep; suite, tasks: of lm-eval; generate: what they write, on prompts
     from `data`. run: a folder for all results, from which the same call goes on. As `blockpruner evaluate` has them.
     """
     chosen, most = chosen_tasks(suite, tasks, shots, limit)
     folder = None if include_path is None else Path(include_path)
-    wanted = Wanted(data, text, seed, protocol, "", chosen, most, batch, folder, generate)
+    wanted = Wanted(
+        None if data is None else str(data), text, seed, protocol, "", chosen, most, batch, folder, generate
+    )
     wanted.check()
-    _check_names(masks)
-    named = {"model": parse_mask("dense"), **{name: frozenset(mask) for name, mask in (masks or {}).items()}}
     anatomy = read_anatomy(model)
+    named = {"model": parse_mask("dense"), **_masks(model, anatomy, masks)}
     whole = Contestant(model, tokenizer, anatomy)
     windows = wanted.windows(whole)
     known = [] if windows is None else evaluate_masks(model, anatomy, windows, named, mean=wanted.mean)
@@ -210,19 +213,19 @@ def evaluate(
 def bench(
     model: PreTrainedModel,
     *,
-    masks: Mapping[str, Iterable[Block]] | None = None,
+    masks: Mapping[str, Removal] | None = None,
     protocol: str = "quick",
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Benchmark:
-    """Speed and memory of `model`, and of the model without each of `masks` (name -> blocks), in turns.
+    """Speed and memory of `model`, and of it without each of `masks` (name -> what `skipped` takes), in turns.
 
     protocol: a name with options, see `evaluation.timing`; limit: bytes that the largest batch and context are for.
     """
     subject, asked = _subject(model, None), parse_protocol(protocol)
-    _check_names(masks)
     dense = speed.Contestant("model", subject)
-    others = [speed.Contestant(name, subject, frozenset(mask)) for name, mask in (masks or {}).items()]
+    without = _masks(model, subject.anatomy, masks)
+    others = [speed.Contestant(name, subject, mask) for name, mask in without.items()]
     cell = speed.measure([dense, *others], asked, limit=limit, progress=progress)
     return Benchmark.of(asked, subject, [cell], limit)
 
@@ -237,7 +240,7 @@ def explain(
     tokenizer: PreTrainedTokenizerBase | None,
     plan: Plan,
     *,
-    calibration: str = "builtin",
+    calibration: Path | str = "builtin",
     criteria: Sequence[str] = CHEAP,
     folder: Path | str | None = None,
     run: Path | str | None = None,
@@ -251,7 +254,7 @@ def explain(
     """
     asked = inquire(
         *(_subject(model, tokenizer), plan),
-        calibration=calibration,
+        calibration=str(calibration),
         criteria=criteria,
         folder=None if folder is None else Path(folder),
         seed=seed,
@@ -260,9 +263,13 @@ def explain(
     return explaining.explain(asked, None if run is None else Path(run), progress)
 
 
-def _check_names(masks: Mapping[str, Iterable[Block]] | None) -> None:
+def _masks(model: PreTrainedModel, anatomy: Anatomy, masks: Mapping[str, Removal] | None) -> dict[str, Mask]:
     if "model" in (masks or {}):
         raise InputError("'model' is the whole model, and a mask is called so too", fix="give the mask another name")
+    found = {name: frozenset(blocks_of(model, anatomy, removal)) for name, removal in (masks or {}).items()}
+    for name, mask in found.items():
+        anatomy.outline.check(mask, f"the mask {name!r}")
+    return found
 
 
 def _subject(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Subject:

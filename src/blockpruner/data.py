@@ -16,7 +16,7 @@ from blockpruner.objectives import OBJECTIVES
 from blockpruner.registry import format_method
 from blockpruner.subject import Subject
 from blockpruner.surgery.gaps import Filling
-from blockpruner.texts.calibration import CalibrationRecord, TextOptions, load_calibration
+from blockpruner.texts.calibration import CalibrationRecord, TextOptions, check_options, load_calibration
 from blockpruner.texts.examples import Examples, Signs, examples_of, question
 from blockpruner.texts.items import item_examples, read_items
 
@@ -39,8 +39,9 @@ def read_data(subject: Subject, source: str, measure: Measure, *, seed: int = 0,
     """`source` as examples for the model: windows of text, or the items that `measure` asks for.
 
     For windows see `calibration` and `examples`; for items `items`, of which `text` says the BOS policy alone.
-    InputError where the source, or the model, is not fit for it.
+    InputError where the source, or the model, is not fit for it; TypeError for an option that there is not.
     """
+    check_options(text)
     asked = question(subject.model)
     bos = text.get("bos", "auto")
     if measure.reads == "items":

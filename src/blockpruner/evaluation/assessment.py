@@ -17,7 +17,7 @@ from blockpruner.evaluation.suites import Task
 from blockpruner.evaluation.task_table import TaskTable
 from blockpruner.evaluation.verdict import GenerationCheck
 from blockpruner.surgery.removal import skipped
-from blockpruner.texts.calibration import Calibration, TextOptions
+from blockpruner.texts.calibration import Calibration, TextOptions, check_options
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Wanted:
     generate: bool = False
 
     def check(self) -> None:
-        """InputError where nothing is wanted, or text is needed and not named."""
+        """InputError where nothing is wanted, or text is needed and not named; TypeError for an unknown option."""
+        check_options(self.text)
         if self.data is None and not self.tasks:
             raise InputError(
                 "there is nothing to evaluate on", fix="give --data SOURCE, --suite quick, or --tasks piqa"

@@ -16,8 +16,11 @@ from blockpruner.plan import Plan
 from blockpruner.standin import adopt, place
 from blockpruner.surgery.gaps import UNREPAIRED, Repair, attach, with_replacements
 
+Removal = Plan | Iterable[Block | str]
 
-def _blocks(model: PreTrainedModel, anatomy: Anatomy, blocks: Plan | Iterable[Block | str]) -> list[Block]:
+
+def blocks_of(model: PreTrainedModel, anatomy: Anatomy, blocks: Removal) -> list[Block]:
+    """The blocks that a plan for `model`, or a list of blocks as such or as text, names; InputError for another."""
     if isinstance(blocks, Plan):
         blocks.check(anatomy.outline, identify(model, str(model.name_or_path)), "the plan")
         return sorted(blocks.mask(), key=lambda block: block.order)
@@ -30,9 +33,7 @@ def _blocks(model: PreTrainedModel, anatomy: Anatomy, blocks: Plan | Iterable[Bl
 
 
 @contextlib.contextmanager
-def skipped(
-    model: PreTrainedModel, blocks: Plan | Iterable[Block | str], *, anatomy: Anatomy | None = None
-) -> Iterator[PreTrainedModel]:
+def skipped(model: PreTrainedModel, blocks: Removal, *, anatomy: Anatomy | None = None) -> Iterator[PreTrainedModel]:
     """While the block runs, `model` works without `blocks`; it is always restored, also after an exception.
 
     blocks: a plan for this model, or blocks as such or as text (`"attention.3"`); anatomy: pass it when there is one,
@@ -40,7 +41,7 @@ def skipped(
     Logits, generation with any cache, gradients and hooks work as on the whole model.
     """
     anatomy = anatomy or read_anatomy(model)
-    with stood_in(model, anatomy.stand_ins(_blocks(model, anatomy, blocks))):
+    with stood_in(model, anatomy.stand_ins(blocks_of(model, anatomy, blocks))):
         yield model
 
 
@@ -65,7 +66,7 @@ def silenced(model: PreTrainedModel, anatomy: Anatomy, mask: Mask) -> Iterator[N
 
 def prune_(
     model: PreTrainedModel,
-    blocks: Plan | Iterable[Block | str],
+    blocks: Removal,
     *,
     anatomy: Anatomy | None = None,
     repair: Repair = UNREPAIRED,
@@ -79,7 +80,7 @@ def prune_(
     `blockpruner.surgery.checkpoint` knows better forms. A model pruned before can be pruned further.
     """
     anatomy = anatomy or read_anatomy(model)
-    found = _blocks(model, anatomy, blocks)
+    found = blocks_of(model, anatomy, blocks)
     specs = with_replacements(anatomy.stand_ins(found), repair)
     for name, value in repair.weights.items():
         model.get_parameter(name).data = value.clone()

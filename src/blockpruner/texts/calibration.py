@@ -17,7 +17,7 @@ import itertools
 import random
 import sys
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypedDict, cast, get_args
 
@@ -76,6 +76,12 @@ class TextOptions(TypedDict, total=False):
     split: str | None
     column: str | None
     quiet: bool
+
+
+def check_options(text: Mapping[str, object]) -> None:
+    """TypeError for what is none of `TextOptions`: functions that gather these take any name."""
+    if unknown := sorted(text.keys() - TextOptions.__annotations__.keys()):
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
 
 
 @dataclass(frozen=True, eq=False)
