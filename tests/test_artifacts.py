@@ -2,15 +2,26 @@
 
 import errno
 import json
+import os
 import stat
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
-from blockpruner.artifacts import Estimate, Work, check_outside, new_folder, read_json, run_folder, write_json
-from blockpruner.errors import InputError, MachineError, RunFolderError
+from blockpruner.artifacts import (
+    Estimate,
+    Work,
+    check_new_folder,
+    check_outside,
+    new_folder,
+    read_json,
+    run_folder,
+    write_json,
+)
+from blockpruner.errors import CheckFailedError, InputError, MachineError, RunFolderError
 from blockpruner.plan import Plan
 
 
@@ -66,8 +77,28 @@ def test_a_file_system_without_locks_is_not_taken_for_a_busy_folder(tmp_path: Pa
 
 
 def test_a_place_where_nothing_can_be_made_is_no_bug_of_ours():
-    with pytest.raises(MachineError, match="cannot write"), new_folder(Path("/proc/made")):
-        pass
+    for making in (new_folder, run_folder):
+        with pytest.raises(MachineError, match="cannot write"), making(Path("/proc/made")):
+            pass
+    with pytest.raises(MachineError, match="cannot write"):
+        write_json(Path("/proc/made.json"), {})
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EBUSY, errno.EXDEV])
+def test_a_write_that_the_system_refuses_is_told_also_by_the_text_of_a_library(tmp_path: Path, number: int):
+    said = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+    for error in (OSError(number, os.strerror(number)), SafetensorError(said)):
+        with pytest.raises(MachineError, match=f"cannot write .*: {os.strerror(number)}"), new_folder(tmp_path / "out"):
+            raise error
+    with pytest.raises(CheckFailedError), new_folder(tmp_path / "out"):
+        raise CheckFailedError(said, fix="none")
+
+
+def test_a_mount_point_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(InputError, match=r"is a mount point.*\n.*name a new folder in it"), new_folder(tmp_path):
+        pytest.fail("something was made")
+    check_new_folder(tmp_path / "model")
 
 
 def test_files_of_a_new_folder_can_be_read_by_all(tmp_path: Path):

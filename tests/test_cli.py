@@ -402,6 +402,16 @@ def test_a_bug_of_ours_keeps_its_traceback_in_a_file(run, monkeypatch, tmp_path)
     assert kept[-1] == "KeyError: 'boom'"
 
 
+def test_a_full_disk_under_the_results_is_the_machines_fault_and_not_a_bug():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "blockpruner.cli", "list"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.stderr.startswith("error: No space left on device\n  next: free space")
+    assert done.stderr.count("\n") == 2
+    assert done.returncode == 4
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("CUDA out of memory."), RuntimeError("can't allocate memory: you tried")]
 )

@@ -15,14 +15,14 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from blockpruner.errors import InputError, MachineError, RunFolderError
+from blockpruner.errors import InputError, MachineError, RunFolderError, system_error
 
 MAX_JSON_BYTES = 256 * 2**20
 _REFUSED_WRITES = frozenset(
     getattr(errno, f"E{name}")
     for name in (
-        *("ACCES", "DQUOT", "EXIST", "FBIG", "IO", "ISDIR", "MFILE"),
-        *("NAMETOOLONG", "NFILE", "NOSPC", "NOTDIR", "NOTEMPTY", "PERM", "ROFS"),
+        *("ACCES", "BUSY", "DQUOT", "EXIST", "FBIG", "IO", "ISDIR", "MFILE"),
+        *("NAMETOOLONG", "NFILE", "NOSPC", "NOTDIR", "NOTEMPTY", "PERM", "ROFS", "XDEV"),
     )
 )
 
@@ -39,20 +39,32 @@ def _sync_folder(folder: Path) -> None:
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in _REFUSED_WRITES:
+    except Exception as error:
+        number = system_error(error)
+        if number is None or number not in _REFUSED_WRITES:
             raise
+        reason = (error.strerror if isinstance(error, OSError) else None) or os.strerror(number)
         raise MachineError(
-            f"cannot write {path}: {error.strerror or error}",
+            f"cannot write {path}: {reason}",
             fix="free space or choose another place with --out or --run, then run the same command again",
         ) from error
+
+
+@contextlib.contextmanager
+def _creating() -> Iterator[None]:
+    """Around what makes files and folders, also those above: what is then not found cannot be made, as in /proc."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise PermissionError(errno.EPERM, "nothing can be made there") from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Put `data` at `path` so that a reader sees the old file or the whole new one, also after a power cut."""
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with _creating():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -80,11 +92,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     check_new_folder(path)
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with _creating():
+            path.parent.mkdir(parents=True, exist_ok=True)
             aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        except FileNotFoundError as error:  # as in /proc
-            raise PermissionError(errno.EPERM, "nothing can be made there") from error
         try:
             yield aside
             for file in sorted(aside.rglob("*")):
@@ -110,6 +120,8 @@ def check_new_folder(path: Path, *, sources: tuple[Path, ...] = ()) -> None:
         raise InputError(f"{path} is a symbolic link; results are not written through links", fix="name a new folder")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} already exists", fix="name a new folder, or remove that one first")
+    if os.path.ismount(path):
+        raise InputError(f"{path} is a mount point, which nothing can take the place of", fix="name a new folder in it")
     check_outside(path, sources)
 
 
@@ -196,7 +208,7 @@ def run_folder(path: Path, *, sources: Iterable[Path] = ()) -> Iterator[Path]:
     the file system knows no locks.
     """
     check_outside(path, sources)
-    with _writing(path):
+    with _writing(path), _creating():
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:

@@ -1,5 +1,7 @@
 """The few exceptions of blockpruner: each names the thing, the reason and the next step, and carries its exit code."""
 
+import re
+
 
 class BlockprunerError(Exception):
     """Base of all expected failures; `exit_code` is what the command line returns.
@@ -50,6 +52,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out; torch raises plain RuntimeErrors for it on the CPU."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def system_error(error: BaseException) -> int | None:
+    """The number of what the system refused, if that is what `error` is; libraries in Rust have it in their text."""
+    if isinstance(error, OSError):
+        return error.errno
+    said = None if isinstance(error, BlockprunerError) else re.search(r"\(os error (\d{1,4})\)", str(error))
+    return int(said[1]) if said else None
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> MachineError:
