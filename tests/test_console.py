@@ -1,6 +1,7 @@
 """What people read: durations, progress that does not lie about speed, tables that show names as they are."""
 
 import io
+import re
 
 import pytest
 
@@ -99,9 +100,23 @@ def test_numbers_are_aligned_to_the_right(capsys):
     assert [row.rstrip("│ ")[-2:] for row in rows] == [" 1", "22"]
 
 
-def test_long_cells_are_folded_and_lose_nothing(capsys):
-    name = "".join(chr(ord("a") + i % 26) for i in range(400))
-    table("t", ("name",), [(name,)])
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= console.WIDTH_OF_FILES
-    assert "".join(line.strip("│ ") for line in lines if line.startswith("│")) == name
+ALPHABET = "".join(chr(ord("a") + i % 26) for i in range(400))
+
+
+def test_what_reads_a_table_from_a_file_finds_every_cell_on_one_line(capsys):
+    table("t", ("name", "what"), [("relative-magnitude:of=updates", ALPHABET)])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["relative-magnitude:of=updates", ALPHABET]
+
+
+@pytest.mark.parametrize("name", ["relative-magnitude:of=updates", ALPHABET])
+def test_a_terminal_folds_long_cells_and_loses_nothing_but_keeps_names_whole(monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = Terminal()
+    monkeypatch.setattr(console.sys, "stdout", terminal)
+    table("t", ("name", "what"), [(name, ALPHABET)])
+    lines = re.sub(r"\x1b\[\d*m", "", terminal.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    assert ["".join(column) for column in zip(*cells, strict=True)] == [name, ALPHABET]
+    assert name == ALPHABET or cells[0][0] == name

@@ -184,6 +184,7 @@ def test_on_other_text_a_plan_that_was_found_with_a_recovery_is_judged_without_i
     print_pareto(found)
     said = capsys.readouterr().out
     assert "none here; found with linear" in said
+    assert " 1.5000 ± 0.5000 " in said
     assert "Losses are with" not in said
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 QUIET_SECONDS = 60.0
-WIDTH_OF_FILES = 160  # columns of a table that goes to a file or a pipe
+_WITHOUT_END = 100_000  # columns of a table that goes to a file or a pipe: what reads it takes a line for a row
 
 _CLEAR_LINE = "\r\x1b[2K"
 
@@ -58,18 +58,23 @@ class Progress:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on stdout; columns that start with `>` are aligned to the right. Cells are text, never markup."""
+    """A table on stdout; columns that start with `>` are aligned to the right. Cells are text, never markup.
+
+    On a terminal long cells are folded, those of the first column only if they take more than half of it.
+    """
     from rich.console import Console  # late: `--help` needs no tables, and would take half as long again
     from rich.table import Table
     from rich.text import Text
 
     made = Table(title=Text(title, style="table.title"), title_justify="left", header_style="bold")
-    for column in columns:
+    console = Console(width=None if sys.stdout.isatty() else _WITHOUT_END)
+    longest = max((len(str(row[0])) for row in rows), default=0)
+    for number, column in enumerate(columns):
         name = column.removeprefix(">")
-        made.add_column(name, justify="left" if name == column else "right", overflow="fold")
+        whole = number == 0 and longest <= console.width // 2
+        made.add_column(name, justify="left" if name == column else "right", overflow="fold", no_wrap=whole)
     for row in rows:
         made.add_row(*(Text(str(cell)) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
     with console.capture() as captured:
         console.print(made)
     print(captured.get(), end="")  # not by rich, which ends the process when the reader of a pipe is gone

@@ -93,11 +93,11 @@ def foldings(obstacles: Mapping[str, str]) -> str:
 
 def print_plan(plan: Plan) -> None:
     """The steps of a plan: what went, the loss then, and how close the second best was."""
-    rows: list[tuple[object, ...]] = [(0, "(dense)", _value(plan.dense_loss), "", "")]
+    rows: list[tuple[object, ...]] = [(0, "(dense)", estimated(plan.dense_loss), "", "")]
     for number, step in enumerate(plan.steps, start=1):
         known = sorted(score.value for score in step.scores.values() if score is not None)
         margin = f"{known[1] - known[0]:.4f}" if len(known) > 1 else "-"
-        rows.append((number, " + ".join(step.remove), _value(step.loss), margin, len(step.scores)))
+        rows.append((number, " + ".join(step.remove), estimated(step.loss), margin, len(step.scores)))
     unit = plan.dense_loss.unit if plan.dense_loss else "not evaluated"
     table("Removals, in order", (">step", "removed", f">loss ({unit})", ">next best behind by", ">tried"), rows)
 
@@ -110,9 +110,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
             quality.name,
             f"{quality.parameters:,}",
             quality.cache_bytes,
-            _value(quality.loss),
-            _value(quality.perplexity, 2),
-            _value(quality.bits_per_byte),
+            estimated(quality.loss),
+            estimated(quality.perplexity, 2),
+            estimated(quality.bits_per_byte),
         )
         for quality in contestants
     ]
@@ -152,9 +152,9 @@ def print_recovery(record: RecoveryRecord) -> None:
         if not step.applied:
             print(f"Left out: {step.reason}")
         elif len(record.steps) > 1:
-            print(f"Held-out loss with it: {_value(step.recovered)}")
+            print(f"Held-out loss with it: {estimated(step.recovered)}")
     losses = {"dense": record.dense, "pruned": record.pruned, "recovered": record.recovered}
-    print("Held-out loss: " + ", ".join(f"{name} {_value(loss)}" for name, loss in losses.items()))
+    print("Held-out loss: " + ", ".join(f"{name} {estimated(loss)}" for name, loss in losses.items()))
     if record.recovered_share is not None:
         share = f"{record.recovered_share:.0%} of the increase won back"
         print(
@@ -181,7 +181,8 @@ def _filled(gap: GapRecord) -> tuple[str, ...]:
     )
 
 
-def _value(estimate: Estimate | None, digits: int = 4) -> str:
+def estimated(estimate: Estimate | None, digits: int = 4) -> str:
+    """A value with its standard error behind it, if it has one."""
     if estimate is None:
         return "-"
     spread = "" if estimate.stderr is None else f" ± {estimate.stderr:.{digits}f}"
@@ -191,7 +192,7 @@ def _value(estimate: Estimate | None, digits: int = 4) -> str:
 def print_outcome(outcome: Outcome) -> None:
     """What a recipe made of a model, beside the dense one and random removals."""
     rows = [
-        (name, f"{one.parameters:,}", _value(one.loss), one.removed.replace("+", ", "))
+        (name, f"{one.parameters:,}", estimated(one.loss), one.removed.replace("+", ", "))
         for name, one in outcome.contestants.items()
     ]
     dense = outcome.contestants["dense"].loss

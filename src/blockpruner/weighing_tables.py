@@ -5,6 +5,7 @@ from blockpruner.evaluation.speed import Benchmark, Cell, Figures
 from blockpruner.evaluation.timing import SpeedUp, Timing
 from blockpruner.frontier import AXES, Pareto, Point
 from blockpruner.searching.costs import readable_bytes
+from blockpruner.tables import estimated
 
 
 def print_benchmark(found: Benchmark) -> None:
@@ -70,7 +71,7 @@ def print_pareto(pareto: Pareto) -> None:
             f"{point.parameters:,}",
             f"{point.cache_bytes:,}",
             "-" if point.time is None else f"{point.time:.3f}",
-            "-" if point.loss is None else f"{point.loss.value:.4f}",
+            estimated(point.loss),
             "-" if point.rise is None else f"{point.rise:+.4f}",
             ", ".join(AXES[axis].partition(",")[0].partition(" ")[0] for axis in point.best_in),
         )
@@ -87,7 +88,7 @@ def print_pareto(pareto: Pareto) -> None:
         ">rise",
         "not beaten in",
     )
-    table(f"{pareto.model}: losses by {pareto.judged_by}", (">#", "plan", *columns), rows)
+    table(f"{pareto.model}: losses by {pareto.judged_by}; ± standard error", (">#", "plan", *columns), rows)
     print(f"Time: {pareto.time}; dense = 1.")
     if any(point.recovered for point in pareto.points):
         print("Losses are with the recovery; what it puts in the place of blocks is in none of the other columns.")
