@@ -273,6 +273,52 @@ def test_help_ends_with_an_example_whose_options_there_are(run, name):
         assert getattr(parameter, "help", None), f"{name}: {parameter.name} has no help"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("search", "--search", "gredy"), "'gredy' is not a known search"),
+        (("search", "--search", "greedy:foo=1"), "the search 'greedy' has no option 'foo'"),
+        (("search", "--criterion", "cosin"), "'cosin' is not a known criterion"),
+        (("search", "--criterion", "no.json"), "cannot read no.json"),
+        (("search", "--objective", "los"), "'los' is not a known objective"),
+        (("search", "--moves", "blok"), "'blok' is not a known kind of move"),
+        (("search", "--tokens", "abc"), "--tokens abc is no number of tokens"),
+        (("search", "--tokens", "0"), "--tokens 0 is no number of tokens"),
+        (("search", "--bos", "wat"), "'wat' is no BOS policy"),
+        (("search", "--device-spec", "l5"), "l5"),
+        (("score", "--objective", "los"), "'los' is not a known objective"),
+        (("score", "--moves", "blok"), "'blok' is not a known kind of move"),
+        (("score", "--removed", "blok"), "blok"),
+        (("score", "--bos", "wat"), "'wat' is no BOS policy"),
+        (("explain", "--bos", "wat"), "'wat' is no BOS policy"),
+        (("explain", "--tokens", "0"), "--tokens 0 is no number of tokens"),
+        (("explain", "--criteria", "cosin"), "'cosin' is not a known criterion"),
+        (("recover", "--bos", "wat"), "'wat' is no BOS policy"),
+        (("evaluate", "--bos", "wat"), "'wat' is no BOS policy"),
+        (("pareto", "--tokens", "0"), "--tokens 0 is no number of tokens"),
+        (("pareto", "--plot", "x.nope"), "x.nope would be a PNG\n  next: name it so: x.png"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_wrong_whatever_the_model_is_said_before_it_is_loaded(run, words, said):
+    verb, *options = words
+    text = ("--calibration", "builtin")
+    plan = Path("plan.json")
+    write_json(plan, {"format": "blockpruner.plan", "version": 1, "steps": []})
+    begun = {
+        "search": ("model", "--target", "blocks=1", *text),
+        "score": ("model", "--criterion", "deepest", *text),
+        "explain": (plan, "--model", "model"),
+        "recover": (plan, "--dense", "model", "--method", "bias", "--out", "out", *text),
+        "evaluate": ("model", "--data", "builtin"),
+        "pareto": (plan, "--model", "model"),
+    }
+    done = run(verb, *begun[verb], *options)
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+    assert said in done.err
+
+
 def test_a_command_that_is_misspelt_is_guessed(run):
     done = run("serch")
     assert done.code == 2

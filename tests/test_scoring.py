@@ -23,8 +23,9 @@ from blockpruner.errors import InputError, RunFolderError
 from blockpruner.importance.criterion import Lab
 from blockpruner.importance.ranking import ranks, spearman
 from blockpruner.loading.models import load
+from blockpruner.planning import check_words
 from blockpruner.registry import format_method
-from blockpruner.scores import ScoreTable, least_first
+from blockpruner.scores import Recorded, ScoreTable, least_first
 from blockpruner.scoring import compare, score
 from blockpruner.searching.evaluations import Evaluations
 from blockpruner.searching.moves import offered
@@ -266,3 +267,18 @@ def test_the_example_of_an_own_criterion_runs(checkpoint, prose, monkeypatch, ca
     first = {"attention.2", "attention.3", "mlp.3"}  # held at zero; gone already, so that nothing is lost with them
     assert first < set(own.removeprefix("WithoutTheLast:layers=1: ").removesuffix(" first").split(", "))
     assert ours.startswith("leave-one-out: ")
+
+
+def test_one_of_several_criteria_in_a_file_is_named_by_its_name_with_or_without_options(compared, subject, tmp_path):
+    table = score(compared("deepest", "random", "random:seed=7"), tmp_path / "run")
+    path = tmp_path / "run" / "scores.json"
+    deepest, _, last = table.criteria
+    assert Recorded.read(path, subject.identity, "deepest").known == deepest
+    assert Recorded.read(path, subject.identity, "random:seed=7").known == last
+    for name, which in ((None, "several criteria"), ("random", "several 'random'"), ("cosine", "no 'cosine'")):
+        with pytest.raises(InputError, match=f"has scores of {which}: deepest, random:seed=0, random:seed=7") as said:
+            Recorded.read(path, subject.identity, name)
+        assert said.value.fix == f"name one of them: {path}:deepest"
+    with pytest.raises(InputError, match="has scores of no 'cosine'"):
+        check_words(search="one-shot", criterion=f"{path}:cosine", objective="loss", moves="block", recovery=None)
+    check_words(search="one-shot", criterion=f"{path}:deepest", objective="loss", moves="block", recovery=None)

@@ -42,7 +42,11 @@ BAD = {
     "too deep nesting": ("a.jsonl", b'{"text": ' + NESTED, "line 1.* JSON beyond bounds"),
     "too long a number": ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1.* JSON beyond bounds"),
     "half a surrogate pair": ("a.jsonl", rb'{"text": "\ud800"}', "line 1.* surrogates not allowed"),
-    "no text column": ("a.jsonl", GOOD + b'{"body": "x", "id": 3}\n', "line 2 has no column 'text'.*: body, id"),
+    "no text column": (
+        "a.jsonl",
+        GOOD + b'{"body": "x", "id": 3}\n',
+        "has no column 'text'.*: body, id\n.* --column",
+    ),
     "a number as text": ("a.jsonl", b'{"text": 3}\n', "column 'text' holds int, not text"),
     "no output": ("a.jsonl", b'{"instruction": "x", "output": null}\n', "'output' holds NoneType"),
     "no parquet": ("a.parquet", b"PAR1 dogs and cats PAR1", "not a sound parquet file"),

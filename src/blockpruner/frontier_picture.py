@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.artifacts import write_bytes
-from blockpruner.errors import CheckFailedError, missing_extra
+from blockpruner.errors import CheckFailedError, InputError, missing_extra
 from blockpruner.frontier import AXES, Advice, Pareto, pairs_on
 
 WIDTH, HEIGHT, MARGIN = 380, 300, 12  # pixels of a panel, and beside the points
 LINE, LETTER = 15, 6.5  # pixels of a line of text, and about those of a letter
+
+
+def check_picture(path: Path) -> None:
+    """InputError if what is drawn would not be what the name of the file says."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path} would be a PNG", fix=f"name it so: {path.with_suffix('.png')}")
 
 
 def picture(pareto: Pareto, path: Path) -> None:

@@ -52,6 +52,10 @@ class Text:
     column: Column = None
 
     def options(self) -> "TextOptions":
+        """As functions take them; InputError for what is not right whatever the model, so ask before that is loaded."""
+        from blockpruner.texts.calibration import check_bos
+
+        check_bos(self.bos)
         return {
             "tokens": token_count(self.tokens),
             "window": self.window,
@@ -69,7 +73,7 @@ class Searching:
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="What ranks the moves, for searches that rank; cosine if left out, or scores.json of `score`."
+            help="What ranks the moves, for searches that rank; cosine if left out, or FILE.json[:NAME] of `score`."
         ),
     ] = None
     objective: Objective = "loss"

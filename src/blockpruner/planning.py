@@ -1,6 +1,7 @@
 """From words to a plan: a search that is ready to run, and what it finds."""
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from blockpruner.evaluation.costing import bound, table_of
 from blockpruner.importance.criterion import Criterion, Lab
 from blockpruner.journal import Journal
 from blockpruner.objectives import OBJECTIVES, parse_objective
-from blockpruner.plan import Plan
+from blockpruner.plan import ModelIdentity, Plan
 from blockpruner.recoveries import parse_recovery
 from blockpruner.registry import format_method
 from blockpruner.replaceable import Replacing
@@ -31,7 +32,7 @@ from blockpruner.searching import driver
 from blockpruner.searching.contract import Problem, Progress, Scorer, Scores, Search, SearchResult, Stop
 from blockpruner.searching.costs import parse_card
 from blockpruner.searching.evaluations import Evaluations, Notes
-from blockpruner.searching.moves import format_protected, parse_protected
+from blockpruner.searching.moves import check_granularity, format_protected, parse_protected
 from blockpruner.searching.racing import WINDOW
 from blockpruner.searching.rehearsal import Rehearsal
 from blockpruner.searching.targets import Goals, Speed, parse_target
@@ -141,7 +142,7 @@ def prepare(
     goal = bound(wanted, subject, card=card, table=costs, progress=progress)
     problem = Problem(outline, moves, goal, parse_protected(protect, outline), start=begun)
     named = "cosine" if criterion is None else criterion
-    ranks = _criterion(named, subject, seed) if isinstance(named, str) else named
+    ranks = _criterion(named, subject.identity, seed) if isinstance(named, str) else named
     if goal.endless and not method.nested:
         raise InputError(
             f"{goal} is the end of a search that goes step by step, and {method.title!r} is none",
@@ -180,10 +181,21 @@ def replacing(subject: Subject, recovery: str, examples: Examples) -> Replacing:
     return Replacing.of(subject.model, subject.anatomy, parse_recovery(recovery), examples)
 
 
-def _criterion(text: str, subject: Subject, seed: int) -> Criterion:
-    """A criterion by its name, or the scores in a file of that name."""
-    if text.endswith(".json"):
-        return Recorded.read(Path(text), subject.identity)
+def check_words(*, search: str, criterion: str | None, objective: str, moves: str, recovery: str | None) -> None:
+    """InputError for a word that `prepare` does not know, whatever the model."""
+    parse_search(search)
+    parse_objective(objective)
+    check_granularity(moves)
+    if criterion is not None:
+        _criterion(criterion)
+    if recovery is not None:
+        parse_recovery(recovery)
+
+
+def _criterion(text: str, model: ModelIdentity | None = None, seed: int = 0) -> Criterion:
+    """A criterion by its name, or the scores in a file of that name: `scores.json`, `scores.json:cosine`."""
+    if file := re.fullmatch(r"(.+\.json)(?::(.+))?", text):
+        return Recorded.read(Path(file[1]), model, file[2])
     return parse_criterion(text, seed=seed)
 
 

@@ -83,15 +83,22 @@ class Recorded:
     moves: ClassVar[str] = "those in the file"
 
     @classmethod
-    def read(cls, path: Path, model: ModelIdentity | None = None) -> Self:
-        """The scores in `path`, of one criterion; InputError if there are several, or they are of another model."""
+    def read(cls, path: Path, model: ModelIdentity | None = None, name: str | None = None) -> Self:
+        """The scores in `path` by the criterion `name`, with its options or without; None if there is but one.
+
+        InputError if that says of no criterion, or of several, or the scores are of another model.
+        """
         table = ScoreTable.load(path)
-        if len(table.criteria) != 1:
+        found = [one for one in table.criteria if name in (None, one.criterion, one.criterion.partition(":")[0])]
+        if len(found) != 1:
             names = ", ".join(one.criterion for one in table.criteria)
-            raise InputError(f"{path} has scores of several criteria: {names}", fix="score with one criterion")
+            which = "several criteria" if name is None else f"{'no' if not found else 'several'} {name!r}"
+            raise InputError(
+                f"{path} has scores of {which}: {names}", fix=f"name one of them: {path}:{table.criteria[0].criterion}"
+            )
         if table.model is not None and model is not None and table.model.fingerprint != model.fingerprint:
             raise InputError(f"{path} has scores of {table.model.name}, another model", fix="score this model")
-        only = table.criteria[0]
+        (only,) = found
         digest = hashlib.sha256(only.model_dump_json().encode()).hexdigest()[:16]
         return cls(only.criterion, digest, only, parse_mask("+".join(table.removed) or "dense"))
 

@@ -7,7 +7,7 @@ import typer
 
 from blockpruner.command import opened_for, print_json, verb
 from blockpruner.console import Progress, duration, say
-from blockpruner.options import LOADING, Bos, Column, Json, Loading, Seed, Source, Split, Tokens, token_count
+from blockpruner.options import LOADING, Bos, Column, Json, Loading, Seed, Source, Split, Text, Tokens
 
 
 @verb("blockpruner explain runs/demo --model demo --data builtin --tokens 2048")
@@ -35,6 +35,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say why each block went. Cheap scores beside it, which tokens pay, what it did to the stream, its partners."""
+    from blockpruner.criteria import parse_criterion
     from blockpruner.explaining import explain as explained
     from blockpruner.explanation_tables import print_explanation
     from blockpruner.frontier import plan_file
@@ -43,19 +44,19 @@ def explain(
     from blockpruner.registry import split_methods
 
     file = plan_file(folder)
+    texts = Text(tokens, window, bos, split, column).options()
+    named = CHEAP if criteria is None else split_methods(criteria)
+    for name in named:
+        parse_criterion(name)  # what is misspelt is said before the model is loaded
     subject = opened_for(file, model, loading)
     inquiry = inquire(
         subject,
         Plan.read(file, subject.anatomy.outline),
         calibration=data,
-        criteria=CHEAP if criteria is None else split_methods(criteria),
+        criteria=named,
         folder=file.parent,
         seed=seed,
-        tokens=token_count(tokens),
-        window=window,
-        bos=bos,
-        split=split,
-        column=column,
+        **texts,
     )
     masks, passes, seconds = inquiry.price()
     record = inquiry.data.record

@@ -77,13 +77,18 @@ def score(
     """Say how important each move is, by one criterion or several on the same data. Higher = keep."""
     from blockpruner.blocks import parse_mask
     from blockpruner.criteria import CRITERIA, parse_criterion
+    from blockpruner.objectives import parse_objective
     from blockpruner.scoring import compare
     from blockpruner.scoring import score as scored
+    from blockpruner.searching.moves import check_granularity
     from blockpruner.tables import print_scores
 
     names = list(CRITERIA) if criterion == ["all"] else criterion
     for name in names:
         parse_criterion(name)  # what is misspelt is said before the model is loaded
+    parse_objective(objective)
+    check_granularity(moves)
+    gone, texts = parse_mask(removed), text.options()
     crew = crew_of(workers, ray, model, loading)
     comparison = compare(
         opened(model, loading, stream_memory(stream, memory, workers)),
@@ -92,9 +97,9 @@ def score(
         objective=objective,
         moves=moves,
         protect=protect,
-        removed=parse_mask(removed),
+        removed=gone,
         whatever_fits=criterion == ["all"],
-        **text.options(),
+        **texts,
         seed=seed,
     )
     passes, each = comparison.passes(), comparison.seconds()
@@ -143,15 +148,23 @@ def search(
 ) -> None:
     """Find which blocks to remove. Writes plan.json into the run folder; killed, the same command goes on."""
     from blockpruner.plan import Plan
-    from blockpruner.planning import prepare
+    from blockpruner.planning import check_words, prepare
     from blockpruner.price import search_for
-    from blockpruner.recoveries import parse_recovery
     from blockpruner.searching.contract import Stop
+    from blockpruner.searching.costs import parse_card
     from blockpruner.searching.targets import parse_target
 
-    if how.recovery:
-        parse_recovery(how.recovery)  # a mistake is said before the model is loaded
-    parse_target(target)  # this too
+    parse_target(target)  # a mistake is said before the model is loaded
+    check_words(
+        search=how.search,
+        criterion=how.criterion,
+        objective=how.objective,
+        moves=how.moves,
+        recovery=how.recovery,
+    )
+    if how.device_spec:
+        parse_card(how.device_spec)
+    texts = text.options()
     crew = crew_of(workers, ray, model, loading)
     subject = opened(model, loading, stream_memory(stream, memory, workers))
     run = run or Path("runs", Path(model).name)
@@ -164,7 +177,7 @@ def search(
         start=Plan.read(start, subject.anatomy.outline) if start else None,
         seed=seed,
         **vars(how),
-        **text.options(),
+        **texts,
     )
     price = priced(task, as_json and dry_run)
     if dry_run:

@@ -106,6 +106,7 @@ def recover(
 
     check_new_folder(out, sources=(pruned,) if pruned.is_dir() else ())
     check_installed(parse_chain(method, seed=seed))  # a mistake is said before the model is loaded
+    texts = text.options()
     plan = _plan_of(pruned)
     subject = opened_for(plan, dense, loading, "--dense")
     task = prepare(
@@ -118,7 +119,7 @@ def recover(
         force=force,
         seed=seed,
         source=str(plan),
-        **text.options(),
+        **texts,
     )
     for line in task.price():
         say(f"price: {line}")

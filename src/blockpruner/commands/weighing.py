@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from blockpruner.evaluation.speed import Contestant
     from blockpruner.searching.costs import Card, Costs
     from blockpruner.subject import Subject
+    from blockpruner.texts.calibration import TextOptions
 
 
 @verb("blockpruner bench demo --plan runs/demo/plan.json --protocol quick:context=128 --limit 4GiB")
@@ -92,11 +93,13 @@ def pareto(
     """Weigh quality against size, cache and speed. All depths of one or several plans, and where to begin."""
     from blockpruner.artifacts import run_folder
     from blockpruner.frontier import pareto_of, plan_file, read_plans
-    from blockpruner.frontier_picture import picture
+    from blockpruner.frontier_picture import check_picture, picture
     from blockpruner.searching.costs import parse_card
     from blockpruner.weighing_tables import print_pareto
 
-    card = parse_card(device_spec) if device_spec else None
+    card, texts = parse_card(device_spec) if device_spec else None, text.options()
+    if plot is not None:
+        check_picture(plot)
     if not 0 <= budget < float("inf"):
         raise InputError(f"--within {budget} is no number of nats", fix="give 0 or more, as in --within 0.1")
     for folder in folders:
@@ -109,7 +112,7 @@ def pareto(
         subject,
         plans,
         costs=next(iter(costs.values()), None) if card is None else _computed(subject, card),
-        judge=None if data is None else _judge(subject, data, seed, text),
+        judge=None if data is None else _judge(subject, data, seed, texts),
         judged_by=data or "",
         budget=budget,
     )
@@ -155,12 +158,12 @@ def _computed(subject: "Subject", card: "Card") -> "Costs":
 
 
 def _judge(
-    subject: "Subject", data: str, seed: int, text: Text
+    subject: "Subject", data: str, seed: int, text: "TextOptions"
 ) -> "Callable[[Mapping[str, Mask]], Mapping[str, Estimate]]":
     """What evaluates masks on this text."""
     from blockpruner.evaluation.quality import evaluate_masks, load_text
 
-    windows = load_text(data, subject.tokenizer, subject.model, seed=seed, **text.options())
+    windows = load_text(data, subject.tokenizer, subject.model, seed=seed, **text)
 
     def judge(masks: "Mapping[str, Mask]") -> "Mapping[str, Estimate]":
         found = evaluate_masks(subject.model, subject.anatomy, windows, masks, progress=Progress())

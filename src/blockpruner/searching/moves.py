@@ -74,6 +74,7 @@ def span(outline: Outline, mask: Mask, length: int) -> tuple[Move, ...]:
     return tuple(runs)
 
 
+_SPAN = re.compile(r"span=(\d{1,4})", re.ASCII)
 GRANULARITIES: dict[str, Granularity] = {
     "block": block,
     "attention": attention,
@@ -83,12 +84,18 @@ GRANULARITIES: dict[str, Granularity] = {
 }
 
 
+def check_granularity(text: str) -> None:
+    """InputError if `text` is no granularity, and not `span=N`."""
+    if not _SPAN.fullmatch(text.strip()):
+        lookup(text, GRANULARITIES, "kind of move")
+
+
 def offered(text: str, outline: Outline, mask: Mask, protected: frozenset[tuple[str, int]]) -> tuple[Move, ...]:
     """The moves of a granularity, or of `span=N`, on top of `mask` that touch no protected layer, in tie order.
 
     Spans are for criteria only: they overlap, so that a search by steps cannot tell what it will be able to reach.
     """
-    if match := re.fullmatch(r"span=(\d{1,4})", text.strip(), re.ASCII):
+    if match := _SPAN.fullmatch(text.strip()):
         moves = span(outline, mask, int(match[1])) if int(match[1]) else ()
     else:
         moves = lookup(text, GRANULARITIES, "kind of move")(outline, mask)

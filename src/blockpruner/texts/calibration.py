@@ -146,10 +146,15 @@ def load_calibration(
     return Calibration(ids, record, sizes)
 
 
-def resolve_bos(tokenizer: "PreTrainedTokenizerBase", bos: str) -> BosPolicy:
-    """The policy that `bos` means for this tokenizer; InputError if it is none, or the tokenizer lacks the BOS."""
+def check_bos(bos: str) -> None:
+    """InputError if `bos` is no policy."""
     if bos not in ("auto", *get_args(BosPolicy)):
         raise InputError(f"{bos!r} is no BOS policy", fix="use auto, stream, window or none")
+
+
+def resolve_bos(tokenizer: "PreTrainedTokenizerBase", bos: str) -> BosPolicy:
+    """The policy that `bos` means for this tokenizer; InputError if it is none, or the tokenizer lacks the BOS."""
+    check_bos(bos)
     token = _bos_token(tokenizer)
     if bos == "auto":
         return "window" if token is not None and tokenizer("a")["input_ids"][:1] == [token] else "none"

@@ -109,7 +109,8 @@ def text_columns(columns: Iterable[str], column: str | None, where: str) -> tupl
         return (chats[0],)
     shown = ", ".join(found[:20])[:400] or "none"
     raise InputError(
-        f"{where} has no column {column or 'text'!r}; its columns: {shown}", fix="name the one that holds the text"
+        f"{where} has no column {column or 'text'!r}; its columns: {shown}",
+        fix="name the one that holds the text with --column",
     )
 
 
