@@ -356,7 +356,7 @@ def test_search_score_and_prune_stream_on_the_command_line(run, checkpoint, pros
         assert (code, json.loads(out)) == (0, json.loads((searched if "steps" in out else scored)[0][1])), err
     code, out, err = run("prune", checkpoint, "--plan", "run1/plan.json", "--out", "out", "--stream", "--json")
     assert code == 0, err
-    assert json.loads(out)["difference"] == 0
+    assert json.loads(out)["difference"] < 1e-5  # products of one token round otherwise with weights as files have them
     kept, whole = load_file("out/model.safetensors"), load_file(Path(checkpoint, "model.safetensors"))
     assert 0 < len(kept) < len(whole)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in kept.items())
