@@ -354,7 +354,9 @@ def test_search_score_and_prune_stream_on_the_command_line(run, checkpoint, pros
         scored.append(run(*score, *text, *way))
     for code, out, err in (*searched, *scored):
         assert (code, json.loads(out)) == (0, json.loads((searched if "steps" in out else scored)[0][1])), err
-    code, out, err = run("prune", checkpoint, "--plan", "run1/plan.json", "--out", "out", "--stream", "--json")
+    code, out, err = run(
+        "prune", checkpoint, "--plan", "run1/plan.json", "--out", "out", "--form", "stand-ins", *stream[:1], "--json"
+    )
     assert code == 0, err
     assert json.loads(out)["difference"] < 1e-5  # products of one token round otherwise with weights as files have them
     kept, whole = load_file("out/model.safetensors"), load_file(Path(checkpoint, "model.safetensors"))
