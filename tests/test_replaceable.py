@@ -204,7 +204,7 @@ def test_the_command_line_takes_a_recovery_and_says_what_it_fits_on_and_what_com
     done = run("search", checkpoint, "--target", "blocks=1", "--recovery", "bias", *words, "--run", "out")
     assert done.code == 0
     assert "bias:sinks=0.0, fitted on the first 2 windows, losses of the other 2" in done.err
-    assert "or: blockpruner recover out/plan.json --method bias --calibration" in done.err
+    assert f"or: blockpruner recover out/plan.json --dense {checkpoint} --method bias --calibration" in done.err
     assert run("search", "none", "--target", "blocks=1", "--recovery", "biass", *words).code == 2
 
 
