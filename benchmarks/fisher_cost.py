@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, inject_adapter_in_model
 from search_cost import commit
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,9 +22,10 @@ from blockpruner.data import read_data
 from blockpruner.loading.models import load
 from blockpruner.objectives.loss import Loss
 from blockpruner.plan import Plan
-from blockpruner.repairs.factors import lora_targets
+from blockpruner.repairs.factors import lora_targets, with_factors
 from blockpruner.repairs.fisher import FisherMetric, lesson_of
 from blockpruner.repairs.pupil import Pupil
+from blockpruner.repairs.recovery import Trained
 from blockpruner.subject import open_subject
 
 WINDOWS, WINDOW, REMOVED = 2, 256, 9
@@ -45,7 +45,7 @@ def main() -> None:
     text = read_data(subject, source, Loss(), tokens=WINDOWS * WINDOW, window=WINDOW).examples
     plain = Pupil(model, anatomy, mask)
     kept = {n: p for block, part in anatomy.parts.items() if block not in mask for n, p in named(model, part.modules)}
-    wrapped = factors(lora_targets(model, anatomy, mask, "all"))
+    wrapped = with_factors(lora_targets(model, anatomy, mask, "all"), {"r": 16, "lora_alpha": 32}, Trained())
     small = {f"{at}.{n}": p for at, module in wrapped.items() for n, p in module.named_parameters() if "lora_" in n}
     rows: dict[str, Any] = {}
     for what, pupil, numbers in (
@@ -80,16 +80,6 @@ def main() -> None:
 
 def named(model: Any, paths: Any) -> list[tuple[str, Any]]:
     return [(f"{path}.{n}", p) for path in paths for n, p in model.get_submodule(path).named_parameters()]
-
-
-def factors(found: Any) -> dict[str, Any]:
-    """The projections with low-rank factors beside them, as the recovery `lora` trains them."""
-    import torch
-
-    keys = {f"m{number}": path for number, path in enumerate(found)}
-    holder = torch.nn.ModuleDict({key: found[path] for key, path in keys.items()})
-    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=list(keys)), holder)
-    return {path: holder[key] for key, path in keys.items()}
 
 
 if __name__ == "__main__":

@@ -280,5 +280,5 @@ def test_one_of_several_criteria_in_a_file_is_named_by_its_name_with_or_without_
             Recorded.read(path, subject.identity, name)
         assert said.value.fix == f"name one of them: {path}:deepest"
     with pytest.raises(InputError, match="has scores of no 'cosine'"):
-        check_words(search="one-shot", criterion=f"{path}:cosine", objective="loss", moves="block", recovery=None)
-    check_words(search="one-shot", criterion=f"{path}:deepest", objective="loss", moves="block", recovery=None)
+        check_words(target="blocks=1", search="one-shot", criterion=f"{path}:cosine")
+    check_words(target="blocks=1", search="one-shot", criterion=f"{path}:deepest")

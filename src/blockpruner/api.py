@@ -188,10 +188,9 @@ def evaluate(
     from `data`. run: a folder for all results, from which the same call goes on. As `blockpruner evaluate` has them.
     """
     chosen, most = chosen_tasks(suite, tasks, shots, limit)
-    folder = None if include_path is None else Path(include_path)
-    wanted = Wanted(
-        None if data is None else str(data), text, seed, protocol, "", chosen, most, batch, folder, generate
-    )
+    tasks_of = None if include_path is None else Path(include_path)
+    source = None if data is None else str(data)
+    wanted = Wanted(source, text, seed, protocol, "", chosen, most, batch, tasks_of, generate)
     wanted.check()
     anatomy = read_anatomy(model)
     named = {"model": parse_mask("dense"), **_masks(model, anatomy, masks)}

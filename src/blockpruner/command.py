@@ -84,12 +84,7 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def say_price(price: "Price", task: "Task") -> None:
-    from blockpruner.searching.targets import Goals
-
-    target = task.problem.target
-    most = (
-        "at most " if isinstance(target, Goals) and target.rise is not None else ""
-    )  # when that is reached is not known
+    target, most = task.problem.target, "at most " if task.cut_short else ""
     beside = "to fit replacements" if task.replacing and not task.search.ranks else "to rank"
     data, ranked = task.data.record, f"; {price.passes:.3g} passes {beside}" if price.passes else ""
     say(

@@ -72,9 +72,14 @@ class Task:
 
         return make
 
+    @property
+    def cut_short(self) -> bool:
+        """Whether a rise of the loss may end the search earlier than is rehearsed: made-up losses do not tell when."""
+        return isinstance(self.problem.target, Goals) and self.problem.target.rise is not None
+
     @cached_property
     def rehearsed(self) -> "Rehearsed":
-        """The search on an objective that costs nothing."""
+        """The search on an objective that costs nothing, as long as it can be."""
         passes, moved = list[float](), list[Traffic]()
 
         def scorer(evaluations: Evaluations) -> Scorer:
@@ -85,9 +90,10 @@ class Task:
 
             return free
 
-        target = self.problem.target  # made-up losses say nothing of when too much is lost
-        target = replace(target, rise=None) if isinstance(target, Goals) else target
-        problem = replace(self.problem, target=target)
+        target = self.problem.target
+        problem = (
+            replace(self.problem, target=replace(target, rise=None)) if isinstance(target, Goals) else self.problem
+        )
         free = Rehearsal(self.objective, told=lambda asked: moved.append(self.objective.traffic(asked)))
         result = driver.run(self.search, problem, free, scorer=scorer, keep=False)
         return Rehearsed(result, sum(passes), sum(moved, Traffic()))
@@ -181,8 +187,19 @@ def replacing(subject: Subject, recovery: str, examples: Examples) -> Replacing:
     return Replacing.of(subject.model, subject.anatomy, parse_recovery(recovery), examples)
 
 
-def check_words(*, search: str, criterion: str | None, objective: str, moves: str, recovery: str | None) -> None:
+def check_words(
+    *,
+    target: str,
+    search: str = "greedy",
+    criterion: str | None = None,
+    objective: str = "loss",
+    moves: str = "block",
+    recovery: str | None = None,
+    device_spec: str | None = None,
+    **_: object,
+) -> None:
     """InputError for a word that `prepare` does not know, whatever the model."""
+    parse_target(target)
     parse_search(search)
     parse_objective(objective)
     check_granularity(moves)
@@ -190,6 +207,8 @@ def check_words(*, search: str, criterion: str | None, objective: str, moves: st
         _criterion(criterion)
     if recovery is not None:
         parse_recovery(recovery)
+    if device_spec is not None:
+        parse_card(device_spec)
 
 
 def _criterion(text: str, model: ModelIdentity | None = None, seed: int = 0) -> Criterion:

@@ -23,8 +23,8 @@ class Price(Record):
     are not counted); memory: bytes, of weights, states and logits; seconds: on this machine. None: not known.
 
     Before a search all are those of a rehearsal, and seconds go by one timed pass. How the work divides between kinds
-    of blocks depends on which go, so that true counts of a kind differ by a tenth or so where their sum differs by a
-    hundredth; those of races by some more. Where a rise of the loss ends a search, all are upper bounds. True memory
+    of blocks depends on which go, so that true counts of a kind differ by more than their sum does (growth.json has
+    both); those of races by some more. Where a rise of the loss ends a search, all are upper bounds. True memory
     has what a layer makes for itself.
     """
 

@@ -53,12 +53,7 @@ def recover(
     anatomy.outline.check(mask, "the plan")
     fit, held_out = apart(examples, held_out)
     chain = tuple(method) if isinstance(method, Sequence) else (method,)
-    dense, pruned = loss(model, anatomy, held_out), loss(model, anatomy, held_out, mask)
-    if dense is None and held_out.question != "states":  # that of the pruned model may be, and a recovery mend it
-        raise InputError(
-            "the held-out loss of the dense model is not a finite number, so nothing can be judged by it",
-            fix="load it with --dtype float32, or hold out other text",
-        )
+    dense, pruned = _dense_loss(model, anatomy, held_out), loss(model, anatomy, held_out, mask)
     bench = Bench(model, anatomy, mask, fit, held_out, force, progress)
     repair, made, recovered, steps = UNREPAIRED, UNREPAIRED, pruned, list[StepRecord]()
     for number, each in enumerate(chain, 1):
@@ -94,6 +89,17 @@ def recover(
         reason="" if applied else steps[-1].reason,
     )
     return repair, record
+
+
+def _dense_loss(model: PreTrainedModel, anatomy: Anatomy, held_out: Examples) -> Estimate | None:
+    """The loss that all is judged beside; InputError if it is not finite. Without a head there is none."""
+    found = loss(model, anatomy, held_out)
+    if found is None and held_out.question != "states":  # that of the pruned model may be, and a recovery mend it
+        raise InputError(
+            "the held-out loss of the dense model is not a finite number, so nothing can be judged by it",
+            fix="load it with --dtype float32, or hold out other text",
+        )
+    return found
 
 
 def _unchanged(gaps: Sequence[GapRecord]) -> str:

@@ -90,10 +90,8 @@ def save_subject(
     """Write the model without the blocks of `plan`, or of its `first` steps, to the new folder `out`.
 
     Those steps go beside the weights as plan.json, with a model card, and the `extra_files`; repair, record: of a
-    recovery.
-    What the folder of a model that was pruned before says of that is kept as plan.earlier.json and
-    recovery.earlier.json.
-    All is reloaded and compared, see `checkpoint.save_pruned`.
+    recovery. What the folder of a model that was pruned before says of that is kept as plan.earlier.json and
+    recovery.earlier.json. All is reloaded and compared, see `checkpoint.save_pruned`.
     InputError, naming `source`, if the plan is not for this model.
     """
     plan.check(subject.anatomy.outline, subject.identity, source)

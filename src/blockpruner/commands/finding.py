@@ -151,19 +151,8 @@ def search(
     from blockpruner.planning import check_words, prepare
     from blockpruner.price import search_for
     from blockpruner.searching.contract import Stop
-    from blockpruner.searching.costs import parse_card
-    from blockpruner.searching.targets import parse_target
 
-    parse_target(target)  # a mistake is said before the model is loaded
-    check_words(
-        search=how.search,
-        criterion=how.criterion,
-        objective=how.objective,
-        moves=how.moves,
-        recovery=how.recovery,
-    )
-    if how.device_spec:
-        parse_card(how.device_spec)
+    check_words(target=target, **vars(how))  # a mistake is said before the model is loaded
     texts = text.options()
     crew = crew_of(workers, ray, model, loading)
     subject = opened(model, loading, stream_memory(stream, memory, workers))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blockpruner.errors import InputError
-from blockpruner.repairs.recovery import Bench, GapRecord, Trained, walks
+from blockpruner.repairs.recovery import Bench, GapRecord, Trained, count_gaps, walks
 
 if TYPE_CHECKING:
     from blockpruner.surgery.gaps import Repair
@@ -44,16 +44,12 @@ class Adapter(Trained):
             )
 
     def numbers(self, bench: Bench) -> int:
-        from blockpruner.surgery.gaps import gaps
-
         width = bench.model.config.get_text_config().hidden_size
-        return len(gaps(bench.anatomy, bench.mask)) * self.added_parameters(width, width)
+        return count_gaps(bench) * self.added_parameters(width, width)
 
     def price(self, bench: Bench) -> str:
-        from blockpruner.surgery.gaps import gaps
-
-        begin = f"{walks(bench, len(gaps(bench.anatomy, bench.mask)), 'gap', 0.5)}, then "
-        return f"{begin if self.init == 'linear' else ''}{super().price(bench)}"
+        begin = f"{walks(bench, count_gaps(bench), 'gap', 0.5)}, then " if self.init == "linear" else ""
+        return begin + super().price(bench)
 
     def effort(self, held: int, tokens: int, judged: int) -> str:
         if self.loss != "block":

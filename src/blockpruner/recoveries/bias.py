@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from blockpruner.repairs.recovery import Bench, GapRecord, walks
+from blockpruner.repairs.recovery import Bench, GapRecord, count_gaps, walks
 
 if TYPE_CHECKING:
     from blockpruner.repairs.closed_form import ClosedForm
@@ -35,9 +35,7 @@ class Bias:
         return ClosedForm("nothing", sinks=self.sinks)
 
     def price(self, bench: Bench) -> str:
-        from blockpruner.surgery.gaps import gaps
-
-        return walks(bench, len(gaps(bench.anatomy, bench.mask)), "gap", 0.5)
+        return walks(bench, count_gaps(bench), "gap", 0.5)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.closed_form import fill_gaps

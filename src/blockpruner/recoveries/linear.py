@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blockpruner.repairs.recovery import Bench, GapRecord, walks
+from blockpruner.repairs.recovery import Bench, GapRecord, count_gaps, walks
 
 if TYPE_CHECKING:
     from blockpruner.repairs.closed_form import ClosedForm
@@ -42,9 +42,7 @@ class Linear:
         return ClosedForm(self.regressor, self.rank, self.ridge, self.sinks, self.target)
 
     def price(self, bench: Bench) -> str:
-        from blockpruner.surgery.gaps import gaps
-
-        return walks(bench, len(gaps(bench.anatomy, bench.mask)), "gap", 1.5 if self.target == "dense" else 0.5)
+        return walks(bench, count_gaps(bench), "gap", 1.5 if self.target == "dense" else 0.5)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.closed_form import fill_gaps

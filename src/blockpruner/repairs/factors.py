@@ -34,7 +34,7 @@ def train_lora(
     check_predicts(bench.model, bench.examples)
     found = lora_targets(bench.model, bench.anatomy, bench.mask, targets)
     with asking(bench.model):
-        wrapped = _wrapped(found, shape, options)
+        wrapped = with_factors(found, shape, options)
         pupil = Pupil(bench.model, bench.anatomy, bench.mask, bench.start, wrapped)
         numbers = {
             f"{path}.{name}": Number(p, p.data)
@@ -93,7 +93,7 @@ def _linear(model: nn.Module, paths: list[str]) -> dict[str, Any]:
     return {name: module for name, module in inside.items() if isinstance(module, (nn.Linear, Conv1D))}
 
 
-def _wrapped(found: Mapping[str, nn.Module], shape: Mapping[str, float], options: Trained) -> dict[str, nn.Module]:
+def with_factors(found: Mapping[str, nn.Module], shape: Mapping[str, float], options: Trained) -> dict[str, nn.Module]:
     """The projections with LoRA's factors beside them, which add nothing yet; the model itself is not touched."""
     try:
         from peft import LoraConfig, inject_adapter_in_model

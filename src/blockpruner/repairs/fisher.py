@@ -15,7 +15,7 @@ Source: the Fisher information of a softmax, Amari 1998; its mean as a metric fo
 import contextlib
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,8 @@ class FisherMetric(Predictions):
 
     def __init__(self, pupil: Pupil, sample: Examples) -> None:
         super().__init__(pupil)
+        head_of(pupil.model)  # what has none is refused at once
         self.sample = sample.part(0, max(1, min(len(sample), SAMPLE // sample.tokens)))
-        head_of(pupil.model)
 
     def backward(self, part: Examples, scale: float) -> float:
         part = part.to(self.pupil.model.device)
@@ -75,8 +75,7 @@ class FisherMetric(Predictions):
     @torch.no_grad()
     def metric(self) -> Tensor:
         """F in float32, [hidden, hidden]; the model must be whole."""
-        head = head_of(self.pupil.model)
-        weight = head.weight.detach()
+        weight = head_of(self.pupil.model).weight.detach()
         total = torch.zeros(len(weight), device=weight.device)
         squares = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
         count = 0
@@ -92,7 +91,7 @@ class FisherMetric(Predictions):
         return -squares / count
 
 
-def head_of(model: PreTrainedModel) -> Any:
+def head_of(model: PreTrainedModel) -> nn.Linear:
     """The linear map from states to logits; UnsupportedModelError where there is none."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):

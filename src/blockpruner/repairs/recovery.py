@@ -157,6 +157,13 @@ class Recovery(Protocol):
         ...
 
 
+def count_gaps(bench: Bench) -> int:
+    """How many places there are that something can stand in."""
+    from blockpruner.surgery.gaps import gaps
+
+    return len(gaps(bench.anatomy, bench.mask))
+
+
 def walks(bench: Bench, count: int, place: str, each: float) -> str:
     """The price of a closed form that takes so many forward passes for each of `count` places."""
     fit, judged = (len(examples) * examples.tokens for examples in (bench.examples, bench.held_out))

@@ -8,7 +8,7 @@ from blockpruner.errors import InputError
 from blockpruner.searching.contract import DENSE, Chosen, Problem, Proposals, Values, lowest
 from blockpruner.searching.racing import Earlier, Race
 
-STREAMED = 4.0  # `growth` that makes two or three looks of a step
+STREAMED = 4.0  # `growth` where every look reads all weights: at 32,768 tokens fewer than four a step (docs/scale.md)
 STEPS = 4  # back, for which values are held: what came before is in the estimates of these
 
 

@@ -18,7 +18,7 @@ from blockpruner.searching.contract import DENSE, Pieces, Problem, Values
 from blockpruner.searching.permutations import shuffled
 
 FEWEST, BATCHES = 8, 2  # pieces and micro-batches that are seen before anything leaves
-WINDOW = 512  # tokens; pieces of longer windows are too much alike for the intervals below
+WINDOW = 512  # tokens where none are named: the intervals below take its pieces for independent
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Race:
     be better than one of them by epsilon, or all were seen on everything, and so are known. delta is spread evenly over
     comparisons, half of it on the first look, where there are so few pieces that it widens the intervals most, and the
     rest evenly on the others (union bound); these are t intervals, exact for independent pieces and normal means, but
-    for the choice of the smaller of two margins, with which up to 1.5 alpha of them miss. Neither quite holds for text:
+    for the choice of the smaller of two margins, with which a few more of them miss. Neither quite holds for text:
     pieces of one window resemble each other, so that long windows make errors more frequent
     (benchmarks/racing_simulation.py is there to count them on recorded losses).
 

@@ -29,7 +29,7 @@ from blockpruner.surgery.repack import Fit, repacked
 
 Form = Literal["stock", "stand-ins", "zeroed"]
 FORMS: tuple[Form, ...] = get_args(Form)
-_CLOSE = 0.05  # what rounding in 16 bits stays within, and a cache that is not kept true does not
+_CLOSE = 0.05  # of the largest logit: farther apart, generation with a cache is no truth to compare with
 _log = logging.getLogger("blockpruner")
 
 
@@ -76,16 +76,8 @@ def save_pruned(
     check_new_folder(out, sources=(source,) if source else ())
     anatomy.outline.check(mask, "the plan")
     base = unpruned(type(model))
-    makers = _auto_classes(base)
-    if not makers:
-        raise InputError(
-            f"{base.__name__} belongs to no Auto class of transformers", fix="load it through an Auto class"
-        )
-    if base is not type(model) and form not in (None, "stand-ins"):
-        raise InputError(f"the model was pruned before, so it has no {form} form", fix="prune the dense model instead")
-    if repair.replacements and form not in (None, "stand-ins"):
-        raise InputError(f"replacements of removed blocks have no {form} form", fix="leave out --form")
-    form = "stand-ins" if repair.replacements else form
+    makers = _makers(base)
+    form = _asked(form, pruned=base is not type(model), replaced=bool(repair.replacements))
     inputs = example_inputs(model, seed=1)
     truth, cached = _truth(model, anatomy, mask, repair, inputs)
     alone = repair is not UNREPAIRED or base is not type(model)  # then no other form can be asked for
@@ -113,6 +105,25 @@ def save_pruned(
         else:
             return Saved(out, tried, parameters, size, difference)
     raise AssertionError("the last form returns or raises")
+
+
+def _makers(base: type[PreTrainedModel]) -> list[str]:
+    """The Auto classes that load the model; InputError if there is none."""
+    found = _auto_classes(base)
+    if not found:
+        raise InputError(
+            f"{base.__name__} belongs to no Auto class of transformers", fix="load it through an Auto class"
+        )
+    return found
+
+
+def _asked(form: Form | None, *, pruned: bool, replaced: bool) -> Form | None:
+    """The form that is asked for, which replacements decide; InputError if it cannot be had."""
+    if pruned and form not in (None, "stand-ins"):
+        raise InputError(f"the model was pruned before, so it has no {form} form", fix="prune the dense model instead")
+    if replaced and form not in (None, "stand-ins"):
+        raise InputError(f"replacements of removed blocks have no {form} form", fix="leave out --form")
+    return "stand-ins" if replaced else form
 
 
 def _parameters(anatomy: Anatomy, mask: Mask, form: Form, repair: Repair) -> int:

@@ -66,8 +66,8 @@ class CalibrationRecord(Record):
 class TextOptions(TypedDict, total=False):
     """How text becomes windows; see this module, and `texts` for split, column and quiet.
 
-    tokens: 16384 where left out, None takes all there is; window: 2048 (512 for
-    searches that race), or the model's context, where left out.
+    tokens: 16384 where left out, None takes all there is; window: 2048 (512 for searches that
+    race), or the model's context, where left out.
     """
 
     tokens: int | None
