@@ -42,10 +42,11 @@ def main() -> None:
     parser.add_argument("--removed", type=int, default=9)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--reference", action="store_true", help="the exhaustive search on the first draw as well")
+    parser.add_argument("--dtype", default="bfloat16", help="of what is run now; rows that are there keep theirs")
     parser.add_argument("--runs", type=Path, default=Path("runs/racing"))
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    subject = open_subject(load("demo", dtype="bfloat16"))
+    subject = open_subject(load("demo", dtype=options.dtype))
     figures = begun(subject, options)
     for draw in map(str, range(options.draws)):
         if draw not in figures["draws"]:
@@ -110,6 +111,7 @@ def searched(subject: Subject, options: argparse.Namespace, draw: int, search: s
     assert plan.work is not None
     return {
         "commit": commit(),
+        "dtype": options.dtype,
         "search": plan.method.search if plan.method else "",
         "documents": documents,
         "steps": ["+".join(map(str, step.blocks)) for step in plan.steps],
