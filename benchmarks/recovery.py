@@ -59,6 +59,8 @@ CLOSED = (
     "linear:target=dense",
     "span",
     "span:rank=64",
+    "refit",
+    "linear:target=dense,refit",
 )
 # Settings for few tokens: a step for every four windows, and larger ones.
 FEW = "tokens={tokens},patience=0,accumulate=1,evaluate_every=24"
@@ -68,12 +70,16 @@ TRAINED = (
     "linear:rank=64",
     "linear",
     "linear:target=dense",
+    "refit",
+    "span,refit",
+    "linear:target=dense,refit",
     "adapter:rank=64,tokens={tokens},patience=0",
     "lora:tokens={tokens},patience=0,accumulate=4",
     "linear:rank=64,lora:tokens={tokens},patience=0,accumulate=4",
     "linear,lora:tokens={tokens},patience=0,accumulate=4",
     f"span,lora:{FEW},lr=1e-3,rank=16,alpha=32,loss=kl",
     f"span,lora:{FEW},lr=1e-3,rank=16,alpha=32,loss=fisher",
+    f"span,refit,lora:{FEW},lr=1e-3,rank=16,alpha=32,loss=fisher",
     f"span,distill:{FEW}",
     "streamline:tokens={tokens},patience=0",
     "linear:rank=64,streamline:tokens={tokens},patience=0",

@@ -104,7 +104,7 @@ def _dense_loss(model: PreTrainedModel, anatomy: Anatomy, held_out: Examples) ->
 
 def _unchanged(gaps: Sequence[GapRecord]) -> str:
     """Why a method left everything as it was."""
-    reason = next((f": {gap.removed}: {gap.reason}" for gap in gaps if gap.reason), "")
+    reason = next((f": {gap.removed or gap.place}: {gap.reason}" for gap in gaps if gap.reason), "")
     return f"nothing was recovered{reason}"
 
 

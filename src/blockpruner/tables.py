@@ -173,7 +173,7 @@ def _brief(method: str) -> str:
 def _filled(gap: GapRecord) -> tuple[str, ...]:
     how = ", ".join(f"{name}={value}" for name, value in gap.settings.items())
     return (
-        gap.removed,
+        gap.removed or "-",
         gap.place or "-",
         f"{gap.added_parameters:,}" if gap.applied else "-",
         "-" if gap.error is None else f"{gap.error:.1%}",

@@ -161,7 +161,7 @@ class MaskTree:
             with at_hand(self.model.get_submodule(layer.path)):
                 for batch, (masks, inputs) in asked.items():
                     if number == 0 or len(asked) > 1:
-                        calls = self._record(inputs)
+                        calls = self.calls(inputs)
                     if number == 0:
                         states.put((batch, 0, frozenset()), _stream(calls[0], layer))
                     for parent, children in plans[tuple(masks)][number]:
@@ -183,8 +183,8 @@ class MaskTree:
         assert output is not None  # read_anatomy has seen it
         return output
 
-    def _record(self, inputs: Inputs) -> list[Call]:
-        """The calls of all layers for these inputs, with the embedded tokens as the stream; costs the embedding."""
+    def calls(self, inputs: Inputs) -> list[Call]:
+        """What all layers are called with for these inputs, the embedded tokens as the stream; costs the embedding."""
         last = self._recorders[self.layers[-1].path]
         handle = last.register_forward_hook(enough)
         try:

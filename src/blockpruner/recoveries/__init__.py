@@ -10,6 +10,7 @@ from blockpruner.recoveries.continued import Continued
 from blockpruner.recoveries.distill import Distill
 from blockpruner.recoveries.linear import Linear
 from blockpruner.recoveries.lora import Lora
+from blockpruner.recoveries.refit import Refit
 from blockpruner.recoveries.replaceme import ReplaceMe
 from blockpruner.recoveries.span import Span
 from blockpruner.recoveries.streamline import Streamline
@@ -21,6 +22,7 @@ RECOVERIES: dict[str, type[Recovery]] = {
     "linear": Linear,
     "replaceme": ReplaceMe,
     "span": Span,
+    "refit": Refit,
     "adapter": Adapter,
     "streamline": Streamline,
     "lora": Lora,

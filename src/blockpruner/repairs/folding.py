@@ -71,11 +71,11 @@ def foldable(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, str]:
 def projection(model: nn.Module, part: Part) -> Projection | str:
     """The projection that a block ends in, or why there is not one."""
     owners = {name.rpartition(".")[0] for name in part.outlets}
-    kind = model.get_submodule(next(iter(owners))) if len(owners) == 1 else None
-    if not isinstance(kind, (nn.Linear, Conv1D)):
+    linear = {owner: found for owner in owners if isinstance(found := model.get_submodule(owner), (nn.Linear, Conv1D))}
+    if len(linear) != 1:
         names = ", ".join(name.removeprefix(f"{part.path}.") for name in part.outlets)
         return f"it does not end in one linear projection, but in {names}"
-    (owner,) = owners
+    ((owner, kind),) = linear.items()
     weight = f"{owner}.weight"
     tied = [name for name, p in model.named_parameters(remove_duplicate=False) if p is kind.weight and name != weight]
     if tied:

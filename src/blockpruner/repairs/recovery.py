@@ -59,9 +59,10 @@ class Judged(Record):
 class GapRecord(Record):
     """What was done at one gap, or to what else `place` says.
 
-    removed: the blocks that were there; place: where, or what changed; added_parameters; settings: as chosen;
-    error: mean square, on held-out text, of what is still missing, beside that of all that was missing before (0 is
-    perfect, 1 is as without); applied: whether it is part of the repair; reason: why not; curve: of what was trained,
+    removed: the blocks that were there, empty where a block that is left was fitted anew; place: where, or what
+    changed; added_parameters; settings: as chosen; error: mean square, on held-out text, of what is still missing,
+    beside that of all that was missing before (0 is perfect, 1 is as without); applied: whether it is part of the
+    repair; reason: why not; curve: of what was trained,
     for all gaps that were trained together.
     """
 
