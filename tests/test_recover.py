@@ -174,7 +174,7 @@ TRAINED = "linear:rank=4,lora:lr=0.003,batch=4,accumulate=1,epochs=2,evaluate_ev
 def test_a_chain_with_training_says_its_price_and_goes_on_where_it_was_killed(recover, monkeypatch):
     done = recover(method=TRAINED, out="whole")
     assert done.code == 0, done.err
-    assert "price: linear: 2 gaps: about 1 forward pass over 416 + 96 tokens\n" in done.err
+    assert "price: linear: 2 gaps: about 1.8 forward passes over 416 + 96 tokens\n" in done.err
     assert "of checkpoints on disk\ncheckpoints: whole.run, until the model is saved; with --run they stay" in done.err
     assert "price: lora: 13 steps, 832 tokens forward and backward, no second copy of the weights, 5 times" in done.err
     assert "training, held-out loss" in done.err

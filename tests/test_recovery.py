@@ -21,6 +21,7 @@ from blockpruner.recoveries import RECOVERIES, parse_chain, parse_recovery
 from blockpruner.registry import format_method
 from blockpruner.repairs.closed_form import TAKEN, ClosedForm, Given, fitted_at, gathered, regressors_of, replacement
 from blockpruner.repairs.recovery import Bench
+from blockpruner.repairs.side_by_side import Walk
 from blockpruner.repairs.updates import UpdatesAt, stream_after, token_axes
 from blockpruner.standin import Replacement, StandIn
 from blockpruner.surgery.gaps import UNREPAIRED, Repair, gaps, repaired
@@ -216,23 +217,22 @@ def test_a_gap_is_fitted_on_the_model_as_recovered_before_it():
     bench = bench_of("causal/llama", force=True)
     first, second = gaps(bench.anatomy, bench.mask)
     repair, _ = mended("linear:ridge=0.1", bench)
-    form, axes = ClosedForm("auto", ridge=0.1), token_axes(bench.model)
+    form, walk = ClosedForm("auto", ridge=0.1), Walk(bench)
     before = Repair({first.path: repair.replacements[first.path]})
-    again = replacement(fitted_at(bench, second, form, before, axes), bench.model.device, torch.float32)
-    for name, value in repair.replacements[second.path].state_dict().items():
-        assert torch.equal(again.state_dict()[name], value)
-    alone = replacement(fitted_at(bench, second, form, UNREPAIRED, axes), bench.model.device, torch.float32)
+    again = replacement(fitted_at(walk, second, form, before), bench.model.device, torch.float32)
+    torch.testing.assert_close(again.state_dict(), repair.replacements[second.path].state_dict())
+    alone = replacement(fitted_at(walk, second, form, UNREPAIRED), bench.model.device, torch.float32)
     assert not torch.allclose(alone.bias, again.bias)
 
 
-def test_micro_batches_add_up_to_the_same_sums(monkeypatch):
+def test_micro_batches_add_up_to_the_same_sums():
     bench = bench_of("causal/gpt2")
     gap = gaps(bench.anatomy, bench.mask)[0]
     axes = token_axes(bench.model)
     updates = UpdatesAt(*(bench.model, bench.anatomy, bench.mask, gap, UNREPAIRED), sinks=0.5, dense=False, axes=axes)
-    whole = gathered(updates, [Given("rms")], bench.examples)[Given("rms")]
-    monkeypatch.setattr("blockpruner.repairs.closed_form.BATCH_TOKENS", 50)
-    pieces = gathered(updates, [Given("rms")], bench.examples)[Given("rms")]
+    whole, pieces = (
+        gathered(updates, [Given("rms")], bench.examples.batches(tokens))[Given("rms")] for tokens in (2048, 50)
+    )
     assert (pieces.tokens, pieces.inputs) == (whole.tokens, whole.inputs)
     torch.testing.assert_close(pieces.products(), whole.products(), atol=1e-5, rtol=1e-5)
 

@@ -30,11 +30,15 @@ class Call:
         yield from enumerate(self.args)
         yield from self.kwargs.items()
 
+    def given(self, changed: Mapping[Key, Any]) -> "Call":
+        """The same call with the arguments in `changed` replaced; what came of it is not known."""
+        args = tuple(changed.get(position, value) for position, value in enumerate(self.args))
+        return Call(args, {name: changed.get(name, value) for name, value in self.kwargs.items()}, None)
+
     def again(self, module: nn.Module, changed: Mapping[Key, Any] | None = None) -> Any:
         """Call `module` with these arguments, those in `changed` replaced."""
-        changed = changed or {}
-        args = [changed.get(position, value) for position, value in enumerate(self.args)]
-        return module(*args, **{name: changed.get(name, value) for name, value in self.kwargs.items()})
+        call = self.given(changed or {})
+        return module(*call.args, **call.kwargs)
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blockpruner.errors import InputError
-from blockpruner.repairs.recovery import Bench, GapRecord, Trained, count_gaps, walks
+from blockpruner.repairs.recovery import Bench, GapRecord, Trained, count_gaps, looks, walks
 
 if TYPE_CHECKING:
     from blockpruner.surgery.gaps import Repair
@@ -48,7 +48,8 @@ class Adapter(Trained):
         return count_gaps(bench) * self.added_parameters(width, width)
 
     def price(self, bench: Bench) -> str:
-        begin = f"{walks(bench, count_gaps(bench), 'gap', 0.5)}, then " if self.init == "linear" else ""
+        count = count_gaps(bench)
+        begin = f"{walks(bench, count, 'gap', looks(bench, count, 1))}, then " if self.init == "linear" else ""
         return begin + super().price(bench)
 
     def effort(self, held: int, tokens: int, judged: int) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from blockpruner.repairs.recovery import Bench, GapRecord, count_gaps, walks
+from blockpruner.repairs.recovery import Bench, GapRecord, count_gaps, looks, walks
 
 if TYPE_CHECKING:
     from blockpruner.repairs.closed_form import ClosedForm
@@ -23,7 +23,7 @@ class Bias:
     title: ClassVar[str] = "Mean update"
     source: ClassVar[str] = "Siddiqui et al. 2024, arXiv 2407.16286 (there of the dense model)"
     needs: ClassVar[str] = "forward passes"
-    passes: ClassVar[str] = "n/2 forward"
+    passes: ClassVar[str] = "about 1 forward"
 
     def added_parameters(self, inputs: int, outputs: int) -> int:
         return outputs
@@ -35,7 +35,7 @@ class Bias:
         return ClosedForm("nothing", sinks=self.sinks)
 
     def price(self, bench: Bench) -> str:
-        return walks(bench, count_gaps(bench), "gap", 0.5)
+        return walks(bench, count := count_gaps(bench), "gap", looks(bench, count, 1))
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.closed_form import fill_gaps

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blockpruner.repairs.recovery import Bench, GapRecord, count_gaps, walks
+from blockpruner.repairs.recovery import Bench, GapRecord, count_gaps, looks, walks
 
 if TYPE_CHECKING:
     from blockpruner.repairs.closed_form import ClosedForm
@@ -30,7 +30,7 @@ class Linear:
     title: ClassVar[str] = "Linear map in closed form"
     source: ClassVar[str] = "ridge and reduced-rank regression (Izenman 1975), per removed block: ours"
     needs: ClassVar[str] = "forward passes"
-    passes: ClassVar[str] = "n/2 forward; 3n/2 with target=dense"
+    passes: ClassVar[str] = "about 1 forward; 2 with target=dense"
 
     def added_parameters(self, inputs: int, outputs: int) -> int:
         return outputs + (self.rank * (inputs + outputs) if self.rank else inputs * outputs)
@@ -42,7 +42,8 @@ class Linear:
         return ClosedForm(self.regressor, self.rank, self.ridge, self.sinks, self.target)
 
     def price(self, bench: Bench) -> str:
-        return walks(bench, count_gaps(bench), "gap", 1.5 if self.target == "dense" else 0.5)
+        models = 2 if self.target == "dense" else 1
+        return walks(bench, count := count_gaps(bench), "gap", looks(bench, count, models))
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.closed_form import fill_gaps

@@ -33,7 +33,7 @@ class Refit:
         return 0
 
     def price(self, bench: Bench) -> str:
-        return walks(bench, 1, "walk", 6)
+        return walks(bench, len(bench.anatomy.outline.blocks) - len(bench.mask), "block", 6)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.refitting import refit_kept

@@ -39,7 +39,7 @@ class ReplaceMe:
     def price(self, bench: Bench) -> str:
         from blockpruner.repairs.folded_runs import runs
 
-        return walks(bench, len(runs(bench.anatomy, bench.mask)), "run", 2)
+        return walks(bench, count := len(runs(bench.anatomy, bench.mask)), "run", 2 * count)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.folded_runs import fold_runs

@@ -36,7 +36,7 @@ class Span:
     def price(self, bench: Bench) -> str:
         from blockpruner.repairs.spans import spans
 
-        return walks(bench, len(spans(bench.anatomy, bench.mask)), "run", 1)
+        return walks(bench, count := len(spans(bench.anatomy, bench.mask)), "run", count)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.closed_form import ClosedForm

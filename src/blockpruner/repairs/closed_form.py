@@ -1,11 +1,12 @@
 """Replacements without training: what each gap misses, as a constant or a linear map of what reaches it.
 
 Gaps are filled in the order of depth, each on the states of the pruned and so far recovered model, so that a map also
-makes up for what earlier ones leave. Cost per gap: a forward pass over all text up to its layer (on average half the
-model), once more of the dense model for the target `dense`. Memory: the sums of one gap, see `normal_equations`.
+makes up for what earlier ones leave. Cost: one forward pass over all text up to the last gap, one of the dense model
+for the target `dense`, and three or four calls of each layer that has a gap; such a pass for every gap where layers
+cannot be led through one by one. Memory: see `side_by_side`, and the sums of one gap, see `normal_equations`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -16,12 +17,12 @@ from transformers import PreTrainedModel
 from blockpruner.errors import InputError, UnsupportedModelError
 from blockpruner.repairs.normal_equations import LinearMap, NormalEquations, mean_map, ridge_map
 from blockpruner.repairs.recovery import Bench, GapRecord
-from blockpruner.repairs.updates import Observed, UpdatesAt, token_axes
+from blockpruner.repairs.side_by_side import Walk, side_by_side
+from blockpruner.repairs.updates import Observed, UpdatesAt
 from blockpruner.standin import Replacement, normed
 from blockpruner.surgery.gaps import Gap, Repair, device_of, gaps
 from blockpruner.texts.examples import Examples
 
-BATCH_TOKENS = 2048
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance of an input: those that held-out text chooses from
 
 WORSE = "held-out text is better off without it"
@@ -87,32 +88,35 @@ def fill_gaps(bench: Bench, form: ClosedForm) -> tuple[Repair, tuple[GapRecord, 
     """
     repair, records = bench.start, list[GapRecord]()
     places = gaps(bench.anatomy, bench.mask)
-    axes = token_axes(bench.model)
-    for number, gap in enumerate(places):
-        bench.report(number, len(places), f"fitting {gap}")
-        if repair.stands_for(gap):
-            records.append(left_alone(str(gap), gap.path, TAKEN))
-            continue
-        if form.target == "block" and gap.blocks <= repair.made_up:
-            records.append(left_alone(str(gap), gap.path, MADE_UP))
-            continue
-        try:
-            fitted = fitted_at(bench, gap, form, repair, axes)
-        except UnsupportedModelError as error:
-            records.append(left_alone(str(gap), gap.path, error.what))
-            continue
-        record = record_of(str(gap), gap.path, form, fitted)
-        if not fitted.error < 1 and not bench.force:
-            record = record.model_copy(update={"applied": False, "reason": WORSE})
-        else:
-            made = replacement(fitted, device_of(bench.model, gap), bench.model.dtype)
-            repair = replace(repair, replacements={**repair.replacements, gap.path: made})
-        records.append(record)
+    with side_by_side(bench, dense=form.target == "dense") as walk:
+        for number, gap in enumerate(places):
+            bench.report(number, len(places), f"fitting {gap}")
+            walk.lead_to(gap.layer, repair)
+            repair, record = _filled(walk, gap, form, repair)
+            records.append(record)
     bench.report(len(places), len(places), "fitted")
     return repair, tuple(records)
 
 
-def fitted_at(bench: Bench, gap: Gap, form: ClosedForm, repair: Repair, axes: dict[str, int]) -> Fitted:
+def _filled(walk: Walk, gap: Gap, form: ClosedForm, repair: Repair) -> tuple[Repair, GapRecord]:
+    """The repair with a map for one gap, if held-out text is better off with it."""
+    bench = walk.bench
+    if repair.stands_for(gap):
+        return repair, left_alone(str(gap), gap.path, TAKEN)
+    if form.target == "block" and gap.blocks <= repair.made_up:
+        return repair, left_alone(str(gap), gap.path, MADE_UP)
+    try:
+        fitted = fitted_at(walk, gap, form, repair)
+    except UnsupportedModelError as error:
+        return repair, left_alone(str(gap), gap.path, error.what)
+    record = record_of(str(gap), gap.path, form, fitted)
+    if not fitted.error < 1 and not bench.force:
+        return repair, record.model_copy(update={"applied": False, "reason": WORSE})
+    made = replacement(fitted, device_of(bench.model, gap), bench.model.dtype)
+    return replace(repair, replacements={**repair.replacements, gap.path: made}), record
+
+
+def fitted_at(walk: Walk, gap: Gap, form: ClosedForm, repair: Repair) -> Fitted:
     """The best map for one gap, its ridge and regressor chosen on held-out text.
 
     UnsupportedModelError if there can be none.
@@ -121,14 +125,16 @@ def fitted_at(bench: Bench, gap: Gap, form: ClosedForm, repair: Repair, axes: di
         raise UnsupportedModelError(
             f"{gap} goes on running, since other blocks use what it makes", fix="leave it in the model"
         )
+    bench = walk.bench
     updates = UpdatesAt(
         *(bench.model, bench.anatomy, bench.mask, gap, repair),
         sinks=form.sinks,
         dense=form.target == "dense",
-        axes=axes,
+        axes=walk.axes,
+        reach=walk,
     )
     regressors = regressors_of(form.regressor, bench.model, gap)
-    both = [gathered(updates, regressors, examples) for examples in (bench.examples, bench.held_out)]
+    both = [gathered(updates, regressors, batches) for batches in (walk.fit, walk.held_out)]
     found = [chosen((both[0][given], both[1][given]), given, form, str(gap)) for given in regressors]
     return min(found, key=lambda fitted: fitted.error)
 
@@ -139,10 +145,12 @@ class Observing(Protocol):
     def observe(self, batch: Examples) -> Observed: ...
 
 
-def gathered(updates: Observing, regressors: Sequence[Given], examples: Examples) -> dict[Given, NormalEquations]:
-    """The sums of all examples for each regressor, from one walk over them."""
+def gathered(
+    updates: Observing, regressors: Sequence[Given], batches: Iterable[Examples]
+) -> dict[Given, NormalEquations]:
+    """The sums of all micro-batches for each regressor, from one walk over them."""
     sums: dict[Given, NormalEquations] = {}
-    for batch in examples.batches(BATCH_TOKENS):
+    for batch in batches:
         seen = updates.observe(batch)
         for given in regressors:
             x = given.of(seen.x)

@@ -13,10 +13,11 @@ from torch import Tensor
 from blockpruner.anatomy.parts import Anatomy
 from blockpruner.blocks import Block, Mask, format_mask
 from blockpruner.errors import InputError
-from blockpruner.repairs.closed_form import BATCH_TOKENS, MADE_UP, TAKEN, WORSE, Ridge, Target, left_alone, ridges
+from blockpruner.repairs.closed_form import MADE_UP, TAKEN, WORSE, Ridge, Target, left_alone, ridges
 from blockpruner.repairs.folding import Projection, foldable, projection
 from blockpruner.repairs.normal_equations import LinearMap, NormalEquations, ridge_map
 from blockpruner.repairs.recovery import Bench, GapRecord
+from blockpruner.repairs.side_by_side import BATCH_TOKENS
 from blockpruner.repairs.updates import contribution, flat, layer_of, stream_after, token_axes, token_weights
 from blockpruner.surgery.gaps import Repair, gaps, reweighted
 from blockpruner.texts.examples import Examples

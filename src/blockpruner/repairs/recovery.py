@@ -165,11 +165,21 @@ def count_gaps(bench: Bench) -> int:
     return len(gaps(bench.anatomy, bench.mask))
 
 
-def walks(bench: Bench, count: int, place: str, each: float) -> str:
-    """The price of a closed form that takes so many forward passes for each of `count` places."""
+def looks(bench: Bench, count: int, models: int) -> float:
+    """Forward passes that looks at `count` gaps take: led through layer by layer, or each by a pass up to its layer.
+
+    models: 2 if the dense one is looked at as well.
+    """
+    stacks = bench.anatomy.stacks
+    led = models + 1.5 * models * count / len(stacks[0].layers)
+    return round(led if len(stacks) == 1 else models * count / 2, 1)
+
+
+def walks(bench: Bench, count: int, place: str, passes: float) -> str:
+    """The price of a closed form that takes so many forward passes in all, for `count` places."""
     fit, judged = (len(examples) * examples.tokens for examples in (bench.examples, bench.held_out))
-    places, passes = place if count == 1 else f"{place}s", f"{count * each:g} forward pass"
-    return f"{count} {places}: about {passes}{'' if count * each == 1 else 'es'} over {fit:,} + {judged:,} tokens"
+    places, said = place if count == 1 else f"{place}s", f"{passes:g} forward pass{'' if passes == 1 else 'es'}"
+    return f"{count} {places}: about {said} over {fit:,} + {judged:,} tokens"
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,25 @@ next one's to do. Cost per token: about two forward passes of the dense model, t
 inputs^2 + inputs * outputs multiply-adds per block. Memory: see `side_by_side`, and the sums of one projection.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from blockpruner.anatomy.parts import Part
-from blockpruner.anatomy.probing import evaluating, recorded
+from blockpruner.anatomy.parts import Layer, Part
+from blockpruner.anatomy.probing import recorded
 from blockpruner.errors import UnsupportedModelError
 from blockpruner.repairs.closed_form import WORSE, Ridge, Sums, left_alone, ridges
 from blockpruner.repairs.folding import Projection, projection
 from blockpruner.repairs.normal_equations import LinearMap, NormalEquations, ridge_map
 from blockpruner.repairs.recovery import Bench, GapRecord
-from blockpruner.repairs.side_by_side import SideBySide
-from blockpruner.repairs.updates import flat, tensor_of, token_weights
-from blockpruner.surgery.gaps import Repair
+from blockpruner.repairs.side_by_side import Walk, side_by_side
+from blockpruner.repairs.updates import behind, flat, tensor_of, token_weights
+from blockpruner.searching.contract import DENSE
+from blockpruner.surgery.gaps import UNREPAIRED, Repair
+from blockpruner.texts.examples import Examples
 
 ROUNDS = 20  # of finding gain and scale, each from the other
 SMALLEST = 1e-6  # gain beside the largest one that is worth anything
@@ -40,22 +44,20 @@ SMALLEST = 1e-6  # gain beside the largest one that is worth anything
 def refit_kept(bench: Bench, ridge: Ridge, sinks: float) -> tuple[Repair, tuple[GapRecord, ...]]:
     """New last projections for the blocks that are left behind the first gap, and what became of each of them.
 
-    UnsupportedModelError for models that cannot be led through layer by layer, and where no block can be fitted.
+    UnsupportedModelError, with the first reason, if none of them can be fitted.
     """
-    repair, records = bench.start, list[GapRecord]()
-    with evaluating(bench.model), torch.no_grad(), (pair := SideBySide(bench)).states:
-        for number, layer in enumerate(pair.tree.layers):
+    repair, records, differ = bench.start, list[GapRecord](), bool(bench.start.weights)
+    with side_by_side(bench, dense=True) as walk:
+        for number, layer in enumerate(walk.layers):
+            bench.report(number, len(walk.layers), f"fitting {layer.path}")
             for part in layer.parts:
-                if part.block in bench.mask or pair.agree(layer, part):
-                    continue
-                bench.report(number, len(pair.tree.layers), f"fitting {part.block}")
-                try:
-                    repair, record = _refitted(pair, number, part, repair, ridge, sinks)
-                except UnsupportedModelError as error:
-                    record = left_alone("", part.path, error.what)
-                records.append(record)
-            pair.advance(number, repair)
-    bench.report(len(pair.tree.layers), len(pair.tree.layers), "fitted")
+                if part.block in bench.mask:
+                    differ = True
+                elif differ:
+                    walk.lead_to(layer, repair)
+                    repair, record = _refitted(walk, layer, part, repair, ridge, sinks)
+                    records.append(record)
+    bench.report(len(walk.layers), len(walk.layers), "fitted")
     if records and all(record.error is None for record in records):
         raise UnsupportedModelError(
             f"no block that is left can be fitted anew: {records[0].place}: {records[0].reason}", fix="use linear"
@@ -64,17 +66,19 @@ def refit_kept(bench: Bench, ridge: Ridge, sinks: float) -> tuple[Repair, tuple[
 
 
 def _refitted(
-    pair: SideBySide, number: int, part: Part, repair: Repair, ridge: Ridge, sinks: float
+    walk: Walk, layer: Layer, part: Part, repair: Repair, ridge: Ridge, sinks: float
 ) -> tuple[Repair, GapRecord]:
     """The repair with a new last projection for one block, if held-out text is better off with it."""
-    bench, layer = pair.bench, pair.tree.layers[number]
-    place = projection(bench.model, part)
+    place = projection(walk.bench.model, part)
     if isinstance(place, str):
-        raise UnsupportedModelError(place, fix="leave it as it is")
+        return repair, left_alone("", part.path, place)
     if not layer.identity:
-        raise UnsupportedModelError("norms or scales stand on the stream behind it", fix="use distill")
-    look = _Look(pair, number, part, place, repair, sinks)
-    sums = look.sums(fitted=True), look.sums(fitted=False)
+        return repair, left_alone("", place.weight, "norms or scales stand on the stream behind it")
+    look = _Look(walk, layer, part, place, repair, sinks)
+    try:
+        sums = look.sums(walk.fit), look.sums(walk.held_out)
+    except UnsupportedModelError as error:
+        return repair, left_alone("", place.weight, error.what)
     found, used, error = _chosen(sums, ridge, str(part.block), constant=place.bias is not None)
     record = GapRecord(
         removed="",
@@ -85,10 +89,10 @@ def _refitted(
         applied=error < 1,
         reason="" if error < 1 else WORSE,
     )
-    if not record.applied and not bench.force:
+    if not record.applied and not walk.bench.force:
         return repair, record
     weights = {**repair.weights, **look.added(found)}
-    return replace(repair, weights=weights, made_up=bench.mask), record
+    return replace(repair, weights=weights, made_up=walk.bench.mask), record
 
 
 def _chosen(sums: Sums, ridge: Ridge, what: str, constant: bool) -> tuple[LinearMap, str, float]:
@@ -120,33 +124,32 @@ class _Look:
     gain: of each channel, between projection and stream; known from the first micro-batch on.
     """
 
-    pair: SideBySide
-    number: int
+    walk: Walk
+    layer: Layer
     part: Part
     place: Projection
     repair: Repair
     sinks: float
     gain: Tensor | None = field(default=None, init=False)
 
-    def sums(self, fitted: bool) -> NormalEquations:
-        """Of h, and of what is missing divided by the scale; fitted: over the text to fit on, else what is held out."""
+    def sums(self, batches: Sequence[Examples]) -> NormalEquations:
+        """Of h, and of what is missing divided by the scale."""
         found: NormalEquations | None = None
-        for batch in self.pair.batches(fitted):
+        for batch in batches:
             h, missing, weights = self._tokens(batch)
             found = found or NormalEquations(h.shape[-1], missing.shape[-1], h.device)
             found.add(h, missing, weights)
         assert found is not None  # a text has a window
         return found
 
-    def _tokens(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _tokens(self, batch: Examples) -> tuple[Tensor, Tensor, Tensor]:
         """h [tokens, inputs], what is missing beside the scale [tokens, outputs], and the weights [tokens]."""
-        pair, layer = self.pair, self.pair.tree.layers[self.number]
-        later = layer.parts[layer.parts.index(self.part) + 1 :]
+        later = self.layer.parts[self.layer.parts.index(self.part) + 1 :]
         owner = self.place.weight.rpartition(".")[0]
-        wanted = pair.through(self.number, batch, True, self.repair, later).float()
-        with recorded({owner: pair.bench.model.get_submodule(owner)}) as calls:
-            stream = pair.through(self.number, batch, False, self.repair, later)
-        update = flat((stream - pair.through(self.number, batch, False, self.repair, (self.part, *later))).float())
+        wanted = self._stream(batch, later, dense=True).float()
+        with recorded({owner: self.model.get_submodule(owner)}) as calls:
+            stream = self._stream(batch, later)
+        update = flat((stream - self._stream(batch, (self.part, *later))).float())
         made = calls.get(owner, ())
         if len(made) != 1:
             raise UnsupportedModelError(f"{owner} is called {len(made)} times", fix="leave it as it is")
@@ -157,9 +160,18 @@ class _Look:
             self.gain = gain_of(update, given)
             self._prove(update, given, stream)
         scale = scale_of(update, given, self.gain)
-        weights = token_weights(stream, pair.axis(self.number), self.sinks).to(scale)
+        weights = token_weights(stream, self.walk.axes.get(self.layer.path, 1), self.sinks).to(scale)
         weights = weights * scale.square() / flat(wanted).square().mean(-1)
         return h, flat(wanted - stream) / torch.where(scale == 0, torch.inf, scale)[:, None], weights
+
+    def _stream(self, batch: Examples, silent: Iterable[Part], dense: bool = False) -> Tensor:
+        """Behind the layer, without what some of its blocks add."""
+        mask, repair = (DENSE, UNREPAIRED) if dense else (self.walk.bench.mask, self.repair)
+        return self.walk.at(self.layer, batch, mask, repair, behind(self.model, self.layer, silent))
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.walk.bench.model
 
     def _prove(self, update: Tensor, given: Tensor, stream: Tensor) -> None:
         """UnsupportedModelError if the block adds something else than gain * what it projects * scale."""
@@ -181,8 +193,8 @@ class _Look:
         made = {self.place.weight: more.T if self.place.turned else more}
         if self.place.bias is not None:
             made[self.place.bias] = found.bias * behind
-        model, now = self.pair.bench.model, self.repair.weights
-        held = {name: now.get(name, model.get_parameter(name).data) for name in made}
+        now = self.repair.weights
+        held = {name: now.get(name, self.model.get_parameter(name).data) for name in made}
         return {name: (held[name].to(delta) + delta).to(held[name]).contiguous() for name, delta in made.items()}
 
 

@@ -1,104 +1,132 @@
-"""The dense model and the pruned one led through their layers side by side, once, over all text.
+"""The text of a recovery on its way through the dense model and the pruned one, layer by layer, side by side.
 
-Of their states those before one layer exist, IN_MEMORY bytes of them in memory and the rest on disk. What a layer is
-called with besides the stream is recorded again for each micro-batch (see `engine.masktree`), which costs the
-embedding. Whether layers alone make what the model does is proved, on a row of the held-out text.
+A recovery in closed form looks at one layer after the other, in both models or in the pruned one. Where layers alone
+make what the model does, which is proved on a row of the held-out text, the streams before one layer are held, and led
+on when the next one is wanted: IN_MEMORY bytes of them in memory, the rest on disk. So all looks together cost one pass
+through each model, beside the layers that are looked at. What a layer is called with besides the stream is recorded
+again for each micro-batch (see `engine.masktree`), which costs the embedding. Elsewhere, as with an encoder before the
+decoder, every look takes a forward pass up to its layer.
 """
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from blockpruner.anatomy.parts import Layer, Part
-from blockpruner.anatomy.probing import Call, evaluating, stood_in
+from blockpruner.anatomy.parts import Layer
+from blockpruner.anatomy.probing import Call, evaluating
+from blockpruner.blocks import Mask
 from blockpruner.engine.masktree import MaskTree
 from blockpruner.engine.spilling import Spill
-from blockpruner.errors import UnsupportedModelError
-from blockpruner.repairs.closed_form import BATCH_TOKENS
-from blockpruner.repairs.pupil import Ends
 from blockpruner.repairs.recovery import Bench
-from blockpruner.repairs.updates import tensor_of, token_axes
+from blockpruner.repairs.updates import Afresh, behind, token_axes
 from blockpruner.searching.contract import DENSE
 from blockpruner.surgery.gaps import UNREPAIRED, Repair, repaired
+from blockpruner.texts.examples import Examples
 
+BATCH_TOKENS = 2048
 IN_MEMORY = 2**30
 
+T = TypeVar("T")
 
-class SideBySide:
-    """Both models' streams before the layer that is next, by micro-batch.
 
-    That of the pruned model is not kept as long as nothing makes it another (`same`). To be used within `states`.
-    UnsupportedModelError if layers alone do not make what the model does.
+class Walk:
+    """All text in micro-batches, and a way to each layer for them; here by a forward pass each time.
+
+    axes: see `updates.token_axes`.
     """
 
     def __init__(self, bench: Bench) -> None:
-        self.bench, self.same = bench, not bench.start.weights
-        if len(bench.anatomy.stacks) != 1:
-            reason = f"{type(bench.model).__name__} has {len(bench.anatomy.stacks)} stacks of layers"
-            raise UnsupportedModelError(reason, fix="use linear")
+        self.bench = bench
+        self.fit, self.held_out = (text.batches(BATCH_TOKENS) for text in (bench.examples, bench.held_out))
+        self.layers = [layer for stack in bench.anatomy.stacks for layer in stack.layers]
+        self.axes = token_axes(bench.model)
+        self._reach = Afresh(bench.model, bench.anatomy)
+
+    def lead_to(self, layer: Layer, repair: Repair) -> None:
+        """From here on it is this layer that is looked at; `repair` is what stands in those before it for good."""
+
+    def at(self, layer: Layer, batch: Examples, mask: Mask, repair: Repair, look: Callable[[nn.Module, Call], T]) -> T:
+        """See `updates.Reach`. batch: one of `fit` or `held_out`; mask: DENSE, or what is gone, but for blocks here."""
+        return self._reach.at(layer, batch, mask, repair, look)
+
+
+class Led(Walk):
+    """The same from the streams before the layer that is looked at, for models with one stack.
+
+    dense: whether the dense model is asked for. Its stream is kept beside the pruned one's from where they part.
+    """
+
+    def __init__(self, bench: Bench, dense: bool) -> None:
+        super().__init__(bench)
         self.tree = MaskTree(bench.model, bench.anatomy)
-        fitted, held_out = (text.batches(BATCH_TOKENS) for text in (bench.examples, bench.held_out))
-        self._parts, self._fitted = (*fitted, *held_out), len(fitted)
-        self._axes = token_axes(bench.model)
+        self._parts = [*self.fit, *self.held_out]
+        self._numbers = {id(part): number for number, part in enumerate(self._parts)}
+        self._next, self._dense, self._parted = 0, dense, dense and bool(bench.start.weights)
         self.states: Spill[tuple[int, bool]] = Spill(IN_MEMORY)
-        self._prove()
-        first = self.tree.layers[0].hidden
-        for batch in range(len(self._parts)):
-            for dense in (True,) if self.same else (True, False):
-                self.states.put((batch, dense), dict(self._call(batch, 0, dense, bench.start).inputs())[first])
 
-    def batches(self, fitted: bool) -> range:
-        """The micro-batches of the text to fit on, or of what is held out."""
-        return range(self._fitted) if fitted else range(self._fitted, len(self._parts))
+    def begin(self) -> None:
+        """Put in what reaches the first layer."""
+        first = self.layers[0].hidden
+        for number, part in enumerate(self._parts):
+            for mask, repair in self._models():
+                with repaired(self.bench.model, self.bench.anatomy, mask, repair):
+                    self.states.put((number, mask == DENSE), dict(self._call(part, 0).inputs())[first])
 
-    def axis(self, number: int) -> int:
-        """Which dimension of the stream counts tokens."""
-        return self._axes.get(self.tree.layers[number].path, 1)
+    def at(self, layer: Layer, batch: Examples, mask: Mask, repair: Repair, look: Callable[[nn.Module, Call], T]) -> T:
+        assert layer is self.layers[self._next]
+        model = self.bench.model
+        with evaluating(model), torch.no_grad(), repaired(model, self.bench.anatomy, mask, repair):
+            state = self.states.get((self._numbers[id(batch)], self._parted and mask == DENSE))
+            return look(model.get_submodule(layer.path), self._call(batch, self._next).given({layer.hidden: state}))
 
-    def through(self, number: int, batch: int, dense: bool, repair: Repair, silent: Iterable[Part] = ()) -> Tensor:
-        """The stream behind a layer, the next one, some of whose blocks add nothing."""
-        layer, call, model = self.tree.layers[number], self._call(batch, number, dense, repair), self.bench.model
-        specs = {path: spec for part in silent for path, spec in {**part.modules, **part.idle}.items()}
-        with self._as(dense, repair), stood_in(model, specs):
-            state = self.states.get((batch, dense or self.same)).clone()
-            return tensor_of(call.again(model.get_submodule(layer.path), {layer.hidden: state}))
+    def lead_to(self, layer: Layer, repair: Repair) -> None:
+        while self.layers[self._next] is not layer:
+            self._advance(repair)
 
-    def agree(self, layer: Layer, part: Part) -> bool:
-        """Whether both models have the same stream behind a block that is left."""
-        return self.same and not any(each.block in self.bench.mask for each in layer.parts[: layer.parts.index(part)])
-
-    def advance(self, number: int, repair: Repair) -> None:
-        """Lead both through one layer."""
-        same = self.same and not any(part.block in self.bench.mask for part in self.tree.layers[number].parts)
-        before, behind = ((True,) if alike else (True, False) for alike in (self.same, same))
-        for batch in range(len(self._parts)):
-            after = {dense: self.through(number, batch, dense, repair) for dense in behind}
-            for dense in before:
-                self.states.pop((batch, dense))
+    def _advance(self, repair: Repair) -> None:
+        layer = self.layers[self._next]
+        before, gone = self._parted, any(part.block in self.bench.mask for part in layer.parts)
+        parted = before or (self._dense and gone)
+        for number, part in enumerate(self._parts):
+            after = {False: self.at(layer, part, self.bench.mask, repair, behind(self.bench.model, layer))}
+            if parted:
+                after[True] = self.at(layer, part, DENSE, UNREPAIRED, behind(self.bench.model, layer))
+            for dense in (False, True) if before else (False,):
+                self.states.pop((number, dense))
             for dense, state in after.items():
-                self.states.put((batch, dense), state)
-        self.same = same
+                self.states.put((number, dense), state)
+        self._next, self._parted = self._next + 1, parted
 
-    def _call(self, batch: int, number: int, dense: bool, repair: Repair) -> Call:
-        """What a layer is called with, but for the stream."""
-        with self._as(dense, repair):
-            return self.tree.calls(self._parts[batch].to(self.bench.model.device).inputs)[number]
+    def _models(self) -> list[tuple[Mask, Repair]]:
+        pruned, dense = (self.bench.mask, self.bench.start), (DENSE, UNREPAIRED)
+        return [pruned, dense] if self._parted else [pruned]
 
-    def _as(self, dense: bool, repair: Repair) -> AbstractContextManager[None]:
-        """While it is open, the model is the dense one, or the pruned one."""
-        mask, made = (DENSE, UNREPAIRED) if dense else (self.bench.mask, repair)
-        return repaired(self.bench.model, self.bench.anatomy, mask, made)
+    def _call(self, part: Examples, number: int) -> Call:
+        return self.tree.calls(part.to(self.bench.model.device).inputs)[number]
 
-    def _prove(self) -> None:
-        model, row = self.bench.model, next(self.bench.held_out.rows()).to(self.bench.model.device)
+    def proved(self) -> bool:
+        """Whether both models' streams behind the last layer are the same when they are led there and in one pass."""
+        model = self.bench.model
+        row = next(self.bench.held_out.rows()).to(model.device)
         for mask in (DENSE, self.bench.mask):
-            with evaluating(model), torch.no_grad(), repaired(model, self.bench.anatomy, mask):
-                plain, _ = Ends(model, self.bench.anatomy).body(row)
             with evaluating(model):
                 led = self.tree.final_states([mask], row.inputs)[mask]
+                plain = self._reach.at(self.layers[-1], row, mask, UNREPAIRED, behind(model, self.layers[-1]))
             room = (1e-4 if plain.dtype.itemsize >= 4 else 5e-2) * float(plain.abs().max())
             if led.shape != plain.shape or not float((led - plain).abs().max()) <= room:
-                reason = f"{type(model).__name__} does more than lead a stream through its layers"
-                raise UnsupportedModelError(reason, fix="use linear")
+                return False
+        return True
+
+
+@contextlib.contextmanager
+def side_by_side(bench: Bench, dense: bool) -> Iterator[Walk]:
+    """The cheapest walk that this model allows. dense: whether the dense model is asked for too."""
+    if len(bench.anatomy.stacks) == 1 and (led := Led(bench, dense)).proved():
+        with led.states:
+            led.begin()
+            yield led
+    else:
+        yield Walk(bench)

@@ -29,6 +29,7 @@ from blockpruner.repairs.closed_form import (
     replacement,
 )
 from blockpruner.repairs.recovery import Bench, GapRecord
+from blockpruner.repairs.side_by_side import BATCH_TOKENS
 from blockpruner.repairs.spans import Span, spans
 from blockpruner.repairs.updates import (
     Giving,
@@ -98,7 +99,7 @@ def _others(places: list[Gap], runs: list[Span], repair: Repair) -> list[GapReco
 
 def _fitted(bench: Bench, seen: "SpanAt", form: ClosedForm) -> Fitted:
     regressors = regressors_of(form.regressor, bench.model, seen.gap)
-    both = [gathered(seen, regressors, examples) for examples in (bench.examples, bench.held_out)]
+    both = [gathered(seen, regressors, examples.batches(BATCH_TOKENS)) for examples in (bench.examples, bench.held_out)]
     found = [chosen((both[0][given], both[1][given]), given, form, str(seen.span)) for given in regressors]
     return min(found, key=lambda fitted: fitted.error)
 

@@ -8,15 +8,15 @@ proved: on the first micro-batch the layer must do with the update put in by han
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockpruner.anatomy.parts import Anatomy, Layer, layer_stand_ins
+from blockpruner.anatomy.parts import Anatomy, Layer, Part, layer_stand_ins
 from blockpruner.anatomy.probing import (
     Call,
     Enough,
@@ -29,6 +29,7 @@ from blockpruner.anatomy.probing import (
 )
 from blockpruner.blocks import Block, Mask
 from blockpruner.errors import InputError, UnsupportedModelError
+from blockpruner.searching.contract import DENSE
 from blockpruner.surgery.gaps import UNREPAIRED, Gap, Repair, attach, repaired
 from blockpruner.texts.examples import Examples
 
@@ -66,22 +67,52 @@ def at_layer(model: PreTrainedModel, path: str, batch: Examples, look: Callable[
     return found[0]
 
 
+class Reach(Protocol):
+    """A way to a layer of the model without some blocks, and with a repair."""
+
+    def at(self, layer: Layer, batch: Examples, mask: Mask, repair: Repair, look: Callable[[nn.Module, Call], T]) -> T:
+        """What `look` finds, given the layer and its call in that model, which it is as long as `look` runs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Afresh:
+    """By a forward pass up to the layer, each time."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+
+    def at(self, layer: Layer, batch: Examples, mask: Mask, repair: Repair, look: Callable[[nn.Module, Call], T]) -> T:
+        with repaired(self.model, self.anatomy, mask, repair):
+            return at_layer(self.model, layer.path, batch, look)
+
+
 def stream_after(
-    model: PreTrainedModel, anatomy: Anatomy, block: Block, mask: Mask, batch: Examples, repair: Repair = UNREPAIRED
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    block: Block,
+    mask: Mask,
+    batch: Examples,
+    repair: Repair = UNREPAIRED,
+    reach: Reach | None = None,
 ) -> Tensor:
     """The stream right behind the place of `block`, in the model without `mask`: what the layer returns without what
     follows in it. Only where blocks are added to an untouched stream (`Layer.identity`)."""
     layer = layer_of(anatomy, block)
     later = layer.parts[[part.block for part in layer.parts].index(block) + 1 :]
+    return (reach or Afresh(model, anatomy)).at(layer, batch, mask, repair, behind(model, layer, later))
+
+
+def behind(model: PreTrainedModel, layer: Layer, silent: Iterable[Part] = ()) -> Callable[[nn.Module, Call], Tensor]:
+    """A look at the stream behind a layer, some of whose blocks add nothing."""
+    specs = {path: spec for part in silent for path, spec in {**part.modules, **part.idle}.items()}
 
     def look(module: nn.Module, call: Call) -> Tensor:
         stream = dict(call.inputs())[layer.hidden]
-        silent = {path: spec for part in later for path, spec in {**part.modules, **part.idle}.items()}
-        with stood_in(model, silent):
+        with stood_in(model, specs):
             return tensor_of(call.again(module, {layer.hidden: stream.clone()})).clone()
 
-    with repaired(model, anatomy, mask, repair):
-        return at_layer(model, layer.path, batch, look)
+    return look
 
 
 def contribution(
@@ -111,7 +142,8 @@ class UpdatesAt:
 
     mask: all that is gone; repair: what was recovered before this gap; sinks: the weight of the first position of every
     row, whose states are unlike all others (attention sinks, BOS); dense: y is what is missing to the dense model's
-    stream behind the gap, instead of what the block would add to this one's. axes: see `token_axes`.
+    stream behind the gap, instead of what the block would add to this one's. axes: see `token_axes`; reach: the way to
+    the layer of the gap.
     InputError for `dense` where norms or scales stand on the stream.
     """
 
@@ -126,8 +158,10 @@ class UpdatesAt:
         sinks: float,
         dense: bool,
         axes: Mapping[str, int],
+        reach: Reach | None = None,
     ) -> None:
         self.model, self.anatomy, self.mask, self.gap, self.repair = model, anatomy, mask, gap, repair
+        self.reach = reach or Afresh(model, anatomy)
         self.sinks, self.dense, self.axis = sinks, dense, axes.get(gap.layer.path, 1)
         without, before = layer_stand_ins(gap.layer, mask), layer_stand_ins(gap.layer, mask - gap.blocks)
         self._opening = {path: spec for path, spec in without.items() if path not in before}
@@ -140,20 +174,17 @@ class UpdatesAt:
 
     def observe(self, batch: Examples) -> Observed:
         """x, y and weights of the tokens of one micro-batch, in the dtype of the model."""
-        with repaired(self.model, self.anatomy, self.mask - self.gap.blocks, self.repair):
-            seen = at_layer(
-                self.model, self.gap.layer.path, batch, self._layer if self.gap.part is None else self._part
-            )
+        left, look = self.mask - self.gap.blocks, self._layer if self.gap.part is None else self._part
+        seen = self.reach.at(self.gap.layer, batch, left, self.repair, look)
         return Observed(seen.x, self._to_dense(batch, seen), seen.weights) if self.dense else seen
 
     def _to_dense(self, batch: Examples, seen: Observed) -> Tensor:
         last = max(self.gap.blocks, key=[part.block for part in self.gap.layer.parts].index)
-        whole = stream_after(self.model, self.anatomy, last, frozenset(), batch)
+        here = (self.model, self.anatomy, last)
+        whole = stream_after(*here, DENSE, batch, reach=self.reach)
         if self.gap.part is None:
             return whole.reshape(seen.x.shape) - seen.x
-        return (whole - stream_after(self.model, self.anatomy, last, self.mask, batch, self.repair)).reshape(
-            seen.y.shape
-        )
+        return (whole - stream_after(*here, self.mask, batch, self.repair, self.reach)).reshape(seen.y.shape)
 
     def _layer(self, module: nn.Module, call: Call) -> Observed:
         """Of a layer that left whole: what reaches it is the stream, and what is missing is what it does to that."""
