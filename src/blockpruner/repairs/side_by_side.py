@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from blockpruner.anatomy.parts import Layer
-from blockpruner.anatomy.probing import Call, evaluating
+from blockpruner.anatomy.probing import MISFIT, Call, evaluating
 from blockpruner.blocks import Mask
 from blockpruner.engine.masktree import MaskTree
 from blockpruner.engine.spilling import Spill
+from blockpruner.errors import is_out_of_memory
 from blockpruner.repairs.recovery import Bench
 from blockpruner.repairs.updates import Afresh, behind, token_axes
 from blockpruner.searching.contract import DENSE
@@ -109,16 +110,21 @@ class Led(Walk):
 
     def proved(self) -> bool:
         """Whether both models' streams behind the last layer are the same when they are led there and in one pass."""
-        model = self.bench.model
-        row = next(self.bench.held_out.rows()).to(model.device)
-        for mask in (DENSE, self.bench.mask):
-            with evaluating(model):
-                led = self.tree.final_states([mask], row.inputs)[mask]
-                plain = self._reach.at(self.layers[-1], row, mask, UNREPAIRED, behind(model, self.layers[-1]))
-            room = (1e-4 if plain.dtype.itemsize >= 4 else 5e-2) * float(plain.abs().max())
-            if led.shape != plain.shape or not float((led - plain).abs().max()) <= room:
+        row = next(self.bench.held_out.rows()).to(self.bench.model.device)
+        with evaluating(self.bench.model):
+            try:
+                return all(self._agrees(mask, row) for mask in (DENSE, self.bench.mask))
+            except MISFIT as error:
+                if is_out_of_memory(error):
+                    raise
                 return False
-        return True
+
+    def _agrees(self, mask: Mask, row: Examples) -> bool:
+        last = self.layers[-1]
+        led = self.tree.final_states([mask], row.inputs)[mask]
+        plain = self._reach.at(last, row, mask, UNREPAIRED, behind(self.bench.model, last))
+        room = (1e-4 if plain.dtype.itemsize >= 4 else 5e-2) * float(plain.abs().max())
+        return led.shape == plain.shape and float((led - plain).abs().max()) <= room
 
 
 @contextlib.contextmanager
