@@ -108,6 +108,12 @@ def test_it_is_said_of_every_block_whether_a_map_can_be_folded_into_it(name, kin
         assert re.search(reason, why), (block, why)
 
 
+def test_no_map_can_be_folded_into_a_share_of_what_a_block_adds():
+    found = foldable(*made("causal/qwen2_moe"))  # experts in every other layer, with one beside that all tokens share
+    assert found["mlp.0"] == ""
+    assert "more than a sum" in found["mlp.1"]
+
+
 def test_foldable_leaves_the_model_as_it_was():
     model, anatomy = made("causal/llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}

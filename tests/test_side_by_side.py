@@ -1,5 +1,7 @@
 """Both models led through their layers: what is seen there is what a forward pass up to the layer shows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import zoo
@@ -10,10 +12,12 @@ from blockpruner.blocks import parse_mask
 from blockpruner.recoveries import parse_recovery
 from blockpruner.repairs import side_by_side
 from blockpruner.repairs.recovery import Bench
-from blockpruner.repairs.side_by_side import Led, Walk
+from blockpruner.repairs.side_by_side import Walk, proved
+from blockpruner.surgery.gaps import Repair
 from blockpruner.texts.examples import examples_of
 
 LED = ["causal/llama", "causal/gpt2", "causal/gemma3_text", "causal/gemma2", "causal/falcon", "causal/granite"]
+SHARING = ["causal/gemma3n_text", "causal/gemma4_text"]  # keys and values are handed on from layer to layer
 METHODS = ["linear:ridge=0.01", "linear:ridge=0.01,target=dense", "bias", "refit:ridge=0.01"]
 
 
@@ -35,13 +39,47 @@ def numbers(repair):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("removed", ["attention.1+mlp.1+mlp.2", "mlp.2"])
 @pytest.mark.parametrize("name", LED)
-def test_what_is_fitted_by_leading_is_what_is_fitted_by_a_pass_for_every_look(name, method, monkeypatch):
-    bench = bench_of(name, "attention.1+mlp.1+mlp.2")
+def test_what_is_fitted_by_leading_is_what_is_fitted_by_a_pass_for_every_look(name, removed, method, monkeypatch):
+    monkeypatch.setattr(side_by_side, "BATCH_TOKENS", 200)
+    bench = bench_of(name, removed)
+    assert proved(bench)
     led = numbers(mended(method, bench))
-    monkeypatch.setattr(Led, "proved", lambda _: False)
+    monkeypatch.setattr(side_by_side, "proved", lambda _: False)
     afresh = numbers(mended(method, bench))
     torch.testing.assert_close(led, afresh, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("removed", ["mlp.2", "attention.2+mlp.2", "mlp.1+mlp.2"])
+def test_it_goes_on_from_weights_that_a_chain_has_changed(removed, monkeypatch):
+    bench = bench_of("causal/llama", removed)
+    name = "model.layers.0.mlp.down_proj.weight"
+    start = Repair(weights={name: 1.5 * bench.model.get_parameter(name).data})
+    bench = replace(bench, start=start)
+    led = numbers(mended("linear:ridge=0.01,target=dense", bench))
+    monkeypatch.setattr(side_by_side, "proved", lambda _: False)
+    afresh = numbers(mended("linear:ridge=0.01,target=dense", bench))
+    torch.testing.assert_close(led, afresh, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_models_whose_layers_hand_on_more_than_the_stream_take_a_pass_for_every_look(name):
+    last = [str(block) for block in made(name)[1].parts if block.kind == "mlp"][-1]
+    bench = bench_of(name, last)
+    assert not proved(bench)
+    assert mended("bias", bench).replacements
+
+
+def test_dropout_of_a_model_in_training_mode_is_off():
+    bench = bench_of("causal/gpt2", "mlp.1")
+    calm = numbers(mended("linear:ridge=0.01", bench))
+    bench.model.train()
+    try:
+        torch.testing.assert_close(numbers(mended("linear:ridge=0.01", bench)), calm, atol=0, rtol=0)
+        assert bench.model.training
+    finally:
+        bench.model.eval()
 
 
 def test_states_on_disk_give_the_same_bits(monkeypatch):
@@ -66,7 +104,7 @@ def test_led_the_layers_see_fewer_tokens(method, monkeypatch):
     try:
         mended(method, bench)
         led, seen["tokens"] = seen["tokens"], 0
-        monkeypatch.setattr(Led, "proved", lambda _: False)
+        monkeypatch.setattr(side_by_side, "proved", lambda _: False)
         mended(method, bench)
     finally:
         for handle in handles:

@@ -183,6 +183,7 @@ class MaskTree:
         assert output is not None  # read_anatomy has seen it
         return output
 
+    @torch.no_grad()
     def calls(self, inputs: Inputs) -> list[Call]:
         """What all layers are called with for these inputs, the embedded tokens as the stream; costs the embedding."""
         last = self._recorders[self.layers[-1].path]

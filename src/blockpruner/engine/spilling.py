@@ -60,8 +60,14 @@ class Spill(Generic[K]):
     context, which ends with everything let go.
     """
 
-    def __init__(self, memory: int | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        memory: int | None = None,
+        folder: Path | None = None,
+        fix: str = "give more --memory, or free some disk space",
+    ) -> None:
         self.ledger = Ledger[K](memory)
+        self._fix = fix
         self._folder = folder
         self._held: dict[K, Tensor] = {}
         self._places: dict[K, _Place] = {}
@@ -114,10 +120,7 @@ class Spill(Generic[K]):
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise MachineError(
-                f"states of the model do not fit on the disk: {error}",
-                fix="give more --memory, or free some disk space",
-            ) from error
+            raise MachineError(f"states of the model do not fit on the disk: {error}", fix=self._fix) from error
         self._places[key] = _Place(start, size, tensor.shape, tensor.dtype, tensor.device)
 
     def _read(self, place: _Place) -> Tensor:

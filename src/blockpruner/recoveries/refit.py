@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from blockpruner.errors import InputError
 from blockpruner.repairs.recovery import Bench, GapRecord, walks
 
 if TYPE_CHECKING:
@@ -15,8 +16,9 @@ class Refit:
 
     D brings the stream behind the block nearest to the dense model's, in least squares over tokens, block by block in
     the order of depth: what is left makes up for what is gone, with the features that it has. Best behind a method that
-    fills the gaps (`linear:target=dense,refit`). ridge: penalty on |D|^2 beside the mean variance of an entry of what
-    goes into W; `auto` has held-out text choose for each output by itself. sinks: see `linear`.
+    fills the gaps (`linear:target=dense,refit`). A block with which held-out text is worse off stays as it is, and so
+    does one that an earlier method changed to make up for the gap behind it. ridge: penalty on |D|^2 beside the mean
+    variance of an entry of what goes into W; `auto` has held-out text choose, block by block. sinks: see `linear`.
     """
 
     ridge: float | Literal["auto"] = "auto"
@@ -27,13 +29,21 @@ class Refit:
         "least squares reconstruction, as He, Zhang and Sun 2017, arXiv 1707.06168, do for channels: ours for depth"
     )
     needs: ClassVar[str] = "forward passes"
-    passes: ClassVar[str] = "about 6 forward"
+    passes: ClassVar[str] = "about 6 forward; 2 per block with several stacks"
+
+    def __post_init__(self) -> None:
+        if (self.ridge != "auto" and not self.ridge >= 0) or not 0 <= self.sinks <= 1:
+            raise InputError(
+                f"nothing can be fitted with ridge={self.ridge} and sinks={self.sinks}",
+                fix="give a ridge of 0 or more, or auto, and sinks of 0 to 1",
+            )
 
     def added_parameters(self, inputs: int, outputs: int) -> int:
         return 0
 
     def price(self, bench: Bench) -> str:
-        return walks(bench, len(bench.anatomy.outline.blocks) - len(bench.mask), "block", 6)
+        count = len(bench.anatomy.outline.blocks) - len(bench.mask)
+        return walks(bench, count, "block", 6 if len(bench.anatomy.stacks) == 1 else 2 * count)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.refitting import refit_kept

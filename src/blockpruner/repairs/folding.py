@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from blockpruner.anatomy.parts import Anatomy, Layer, Part
-from blockpruner.anatomy.probing import MISFIT, SeenLayer, evaluating, example_inputs, find_stacks, nulled, stood_in
+from blockpruner.anatomy.probing import MISFIT, SeenLayer, evaluating, example_inputs, find_stacks, stood_in
 from blockpruner.errors import is_out_of_memory
 from blockpruner.surgery.gaps import reweighted
 
@@ -93,11 +93,10 @@ def _obstacle(model: PreTrainedModel, layer: Layer, part: Part, seen: SeenLayer)
         return found
     later = layer.parts[layer.parts.index(part) + 1 :]
     silent = {path: spec for p in later for path, spec in {**p.modules, **p.idle}.items()}
-    names = [name for name in (found.weight, found.bias) if name is not None]
     try:
         with stood_in(model, silent):
             whole = seen.flows()
-            with nulled(model, names):
+            with stood_in(model, {**part.modules, **part.idle}):  # not the projection alone: it may be a share of it
                 update = whole - seen.flows()
             width = model.get_parameter(found.weight).shape[0 if found.turned else 1]
             generator = torch.Generator().manual_seed(0)

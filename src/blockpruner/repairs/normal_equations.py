@@ -88,14 +88,10 @@ class NormalEquations:
 
     def error(self, found: LinearMap) -> float:
         """Mean over tokens of |x A + b - y|^2."""
-        return float(self.errors(found).sum())
-
-    def errors(self, found: LinearMap) -> Tensor:
-        """The same for each output by itself, [outputs]."""
         (x, y), (xx, xy) = self.means, self.products()
-        around = self._yy / self._weight - y.square()
+        around = (self._yy / self._weight - y.square()).sum()
         off = x @ found.weight + found.bias - y
-        return around - 2 * (found.weight * xy).sum(0) + (found.weight * (xx @ found.weight)).sum(0) + off.square()
+        return float(around - 2 * (found.weight * xy).sum() + (found.weight * (xx @ found.weight)).sum() + off @ off)
 
 
 def mean_map(sums: NormalEquations, what: str) -> LinearMap:

@@ -9,15 +9,17 @@ of that, without a parameter more. D minimises, by least squares over tokens t o
 where z is the dense model's stream behind the block, r what brings the pruned model's to it, and m the mean variance of
 an entry of h. What stands between projection and stream is a gain per channel, g (a multiplier, a layer's scale), and a
 scale per token, s (a norm's, as it was with W), both 1 where nothing does; that there is no more is proved on the first
-micro-batch: what the block adds is g * (h W + c) s in every entry. Errors count beside |z|, since the next norm divides
-by that.
+micro-batch: what the block adds is g * (h W + c) s in every entry, to the rounding of the stream. Channels whose stream
+is so large that its rounding hides g are left as they are. Errors count beside |z|, as the next norm divides by that.
 
+The ridge is the one that leaves least missing on held-out text as the layer then computes it, its norm with it.
 Blocks are fitted in the order of depth, each on the model as it is with those before it, so that what one leaves is the
 next one's to do. Cost per token: about two forward passes of the dense model, three to four of the pruned one, and
-inputs^2 + inputs * outputs multiply-adds per block. Memory: see `side_by_side`, and the sums of one projection.
+inputs^2 + inputs * outputs multiply-adds per block; where layers cannot be led through one by one (`side_by_side`), two
+passes for every block. Memory: see `side_by_side`, and the sums of one projection.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,8 +28,9 @@ from transformers import PreTrainedModel
 
 from blockpruner.anatomy.parts import Layer, Part
 from blockpruner.anatomy.probing import recorded
-from blockpruner.errors import UnsupportedModelError
-from blockpruner.repairs.closed_form import WORSE, Ridge, Sums, left_alone, ridges
+from blockpruner.blocks import format_mask
+from blockpruner.errors import InputError, UnsupportedModelError
+from blockpruner.repairs.closed_form import WORSE, Ridge, left_alone, ridges
 from blockpruner.repairs.folding import Projection, projection
 from blockpruner.repairs.normal_equations import LinearMap, NormalEquations, ridge_map
 from blockpruner.repairs.recovery import Bench, GapRecord
@@ -38,35 +41,43 @@ from blockpruner.surgery.gaps import UNREPAIRED, Repair
 from blockpruner.texts.examples import Examples
 
 ROUNDS = 20  # of finding gain and scale, each from the other
-SMALLEST = 1e-6  # gain beside the largest one that is worth anything
+NEAR, STEPS = (
+    1e-4,
+    8,
+)  # what a block adds is proved to so much of itself, and to so many steps of rounding of the stream
+HEARD = 100  # power of what is added in a channel, beside that of the rounding there, from which on its gain is known
+NOTHING = "nothing is missing behind it"
+FOLDED = "a recovery before this one made it make up for the gap behind it"
 
 
 def refit_kept(bench: Bench, ridge: Ridge, sinks: float) -> tuple[Repair, tuple[GapRecord, ...]]:
     """New last projections for the blocks that are left behind the first gap, and what became of each of them.
 
-    UnsupportedModelError, with the first reason, if none of them can be fitted.
+    InputError, with the first reason, if none can be fitted and nothing has been recovered before either.
     """
-    repair, records, differ = bench.start, list[GapRecord](), bool(bench.start.weights)
+    repair, records = bench.start, list[GapRecord]()
     with side_by_side(bench, dense=True) as walk:
-        for number, layer in enumerate(walk.layers):
-            bench.report(number, len(walk.layers), f"fitting {layer.path}")
-            for part in layer.parts:
-                if part.block in bench.mask:
-                    differ = True
-                elif differ:
-                    walk.lead_to(layer, repair)
-                    repair, record = _refitted(walk, layer, part, repair, ridge, sinks)
-                    records.append(record)
-    bench.report(len(walk.layers), len(walk.layers), "fitted")
-    if records and all(record.error is None for record in records):
-        raise UnsupportedModelError(
-            f"no block that is left can be fitted anew: {records[0].place}: {records[0].reason}", fix="use linear"
-        )
+        parts = [(layer, part) for layer in walk.layers for part in layer.parts]
+        first = next((n for n, (_, part) in enumerate(parts) if part.block in bench.mask), len(parts))
+        for number, (layer, part) in enumerate(parts):
+            bench.report(number, len(parts), f"fitting {part.block}")
+            if number < first or part.block in bench.mask:
+                continue
+            walk.lead_to(layer, repair)
+            after = parts[number + 1][1].block if number + 1 < len(parts) else None
+            repair, record = _refitted(walk, layer, part, repair, ridge, sinks, gap_follows=after in bench.mask)
+            records.append(record)
+    bench.report(len(parts), len(parts), "fitted")
+    if not records:
+        records.append(left_alone("", "", f"no block is left behind {format_mask(bench.mask)}"))
+    if all(record.error is None for record in records) and bench.start is UNREPAIRED:
+        where = f"{records[0].place}: " if records[0].place else ""
+        raise InputError(f"no block can be fitted anew: {where}{records[0].reason}", fix="use linear, or distill")
     return repair, tuple(records)
 
 
 def _refitted(
-    walk: Walk, layer: Layer, part: Part, repair: Repair, ridge: Ridge, sinks: float
+    walk: Walk, layer: Layer, part: Part, repair: Repair, ridge: Ridge, sinks: float, gap_follows: bool
 ) -> tuple[Repair, GapRecord]:
     """The repair with a new last projection for one block, if held-out text is better off with it."""
     place = projection(walk.bench.model, part)
@@ -74,54 +85,30 @@ def _refitted(
         return repair, left_alone("", part.path, place)
     if not layer.identity:
         return repair, left_alone("", place.weight, "norms or scales stand on the stream behind it")
-    look = _Look(walk, layer, part, place, repair, sinks)
+    if gap_follows and place.weight in walk.bench.start.weights:
+        return repair, left_alone("", place.weight, FOLDED)
+    look, bias = _Look(walk, layer, part, place, repair, sinks), place.bias is not None
     try:
-        sums = look.sums(walk.fit), look.sums(walk.held_out)
-    except UnsupportedModelError as error:
+        sums, before = look.sums(), look.missing(repair)
+        tried = [(look.with_map(ridge_map(sums, str(part.block), ridge=r, constant=bias)), r) for r in ridges(ridge)]
+    except InputError as error:
         return repair, left_alone("", place.weight, error.what)
-    found, used, error = _chosen(sums, ridge, str(part.block), constant=place.bias is not None)
+    if not before:
+        return repair, left_alone("", place.weight, NOTHING)
+    error, used, made = min(((look.missing(made) / before, r, made) for made, r in tried), key=lambda each: each[:2])
+    settings: dict[str, str | int | float] = {"ridge": used, "sinks": sinks}
     record = GapRecord(
-        removed="",
-        place=place.weight,
-        added_parameters=0,
-        settings={"ridge": used, "sinks": sinks},
-        error=error,
-        applied=error < 1,
-        reason="" if error < 1 else WORSE,
+        removed="", place=place.weight, added_parameters=0, settings=settings, error=error, applied=error < 1
     )
-    if not record.applied and not walk.bench.force:
-        return repair, record
-    weights = {**repair.weights, **look.added(found)}
-    return replace(repair, weights=weights, made_up=walk.bench.mask), record
-
-
-def _chosen(sums: Sums, ridge: Ridge, what: str, constant: bool) -> tuple[LinearMap, str, float]:
-    """The map, each of whose outputs has the ridge that leaves it the least error on held-out text, or nothing.
-
-    Outputs do not depend on each other, and some have a thousand times the power of others: these would choose for all.
-    Also the ridges in use, and the share of the error that is left.
-    """
-    fit, held_out = sums
-    held_out.check(f"{what} in the held-out text")
-    nothing = LinearMap(torch.zeros_like(fit.products()[1]), None, torch.zeros_like(fit.means[1]))
-    before = held_out.errors(nothing)
-    least, weight, bias, used = before.clone(), nothing.down, nothing.bias, torch.full_like(before, torch.inf)
-    for each in ridges(ridge):
-        found = ridge_map(fit, what, ridge=each, constant=constant)
-        errors = held_out.errors(found)
-        better = errors < least
-        least, used = torch.where(better, errors, least), torch.where(better, each, used)
-        weight, bias = torch.where(better, found.weight, weight), torch.where(better, found.bias, bias)
-    spent = used[used.isfinite()].tolist()
-    said = f"{min(spent):g} to {max(spent):g}, {len(spent)} of {len(used)} outputs" if spent else "none"
-    return LinearMap(weight, None, bias), said, float(least.sum() / before.sum()) if float(before.sum()) else 1.0
+    return (made, record) if error < 1 else (repair, record.model_copy(update={"reason": WORSE}))
 
 
 @dataclass
 class _Look:
     """What the last projection of a block is given, and what is missing behind the block, token by token.
 
-    gain: of each channel, between projection and stream; known from the first micro-batch on.
+    gain: of each channel, between projection and stream, 0 where it is not known; scaled: whether tokens have scales.
+    Both are known from the first micro-batch on.
     """
 
     walk: Walk
@@ -131,83 +118,108 @@ class _Look:
     repair: Repair
     sinks: float
     gain: Tensor | None = field(default=None, init=False)
+    scaled: bool = field(default=False, init=False)
 
-    def sums(self, batches: Sequence[Examples]) -> NormalEquations:
-        """Of h, and of what is missing divided by the scale."""
+    def sums(self) -> NormalEquations:
+        """Of h, and of what is missing divided by the scale, over the text to fit on."""
         found: NormalEquations | None = None
-        for batch in batches:
+        for batch in self.walk.fit:
             h, missing, weights = self._tokens(batch)
             found = found or NormalEquations(h.shape[-1], missing.shape[-1], h.device)
             found.add(h, missing, weights)
         assert found is not None  # a text has a window
         return found
 
+    def missing(self, repair: Repair) -> float:
+        """The sum of w |r|^2 / |z|^2 over the held-out tokens, with this repair as it is."""
+        total = 0.0
+        for batch in self.walk.held_out:
+            wanted, stream = self._stream(batch, self._later, dense=True), self._stream(batch, self._later, repair)
+            apart = flat(wanted - stream).square().sum(-1) / flat(wanted).square().sum(-1)
+            total += float((apart * self._weights(stream)).sum())
+        return total
+
     def _tokens(self, batch: Examples) -> tuple[Tensor, Tensor, Tensor]:
         """h [tokens, inputs], what is missing beside the scale [tokens, outputs], and the weights [tokens]."""
-        later = self.layer.parts[self.layer.parts.index(self.part) + 1 :]
         owner = self.place.weight.rpartition(".")[0]
-        wanted = self._stream(batch, later, dense=True).float()
+        wanted = self._stream(batch, self._later, dense=True)
         with recorded({owner: self.model.get_submodule(owner)}) as calls:
-            stream = self._stream(batch, later)
-        update = flat((stream - self._stream(batch, (self.part, *later))).float())
+            stream = self._stream(batch, self._later)
+        without = self._stream(batch, (self.part, *self._later))
         made = calls.get(owner, ())
         if len(made) != 1:
             raise UnsupportedModelError(f"{owner} is called {len(made)} times", fix="leave it as it is")
         h, given = flat(next(value for _, value in made[0].inputs())), flat(tensor_of(made[0].output)).float()
+        update = flat(stream - without)
         if given.shape != update.shape:
             raise UnsupportedModelError(f"{owner} is not given each token once", fix="leave it as it is")
         if self.gain is None:
-            self.gain = gain_of(update, given)
-            self._prove(update, given, stream)
-        scale = scale_of(update, given, self.gain)
-        weights = token_weights(stream, self.walk.axes.get(self.layer.path, 1), self.sinks).to(scale)
-        weights = weights * scale.square() / flat(wanted).square().mean(-1)
+            rounding = torch.finfo(self.model.dtype).eps * flat(stream.abs() + without.abs())
+            self.gain, self.scaled = between(update, given, rounding)
+        scale = scale_of(update, given, self.gain) if self.scaled else torch.ones_like(update[:, 0])
+        weights = self._weights(stream) * scale.square() / flat(wanted).square().mean(-1)
         return h, flat(wanted - stream) / torch.where(scale == 0, torch.inf, scale)[:, None], weights
 
-    def _stream(self, batch: Examples, silent: Iterable[Part], dense: bool = False) -> Tensor:
-        """Behind the layer, without what some of its blocks add."""
-        mask, repair = (DENSE, UNREPAIRED) if dense else (self.walk.bench.mask, self.repair)
-        return self.walk.at(self.layer, batch, mask, repair, behind(self.model, self.layer, silent))
+    def _weights(self, stream: Tensor) -> Tensor:
+        return token_weights(stream, self.walk.axes.get(self.layer.path, 1), self.sinks)
+
+    def _stream(
+        self, batch: Examples, silent: Iterable[Part], repair: Repair | None = None, dense: bool = False
+    ) -> Tensor:
+        """Behind the layer, without what some of its blocks add, in float32."""
+        mask, made = (DENSE, UNREPAIRED) if dense else (self.walk.bench.mask, repair or self.repair)
+        return self.walk.at(self.layer, batch, mask, made, behind(self.model, self.layer, silent)).float()
+
+    @property
+    def _later(self) -> tuple[Part, ...]:
+        return self.layer.parts[self.layer.parts.index(self.part) + 1 :]
 
     @property
     def model(self) -> PreTrainedModel:
         return self.walk.bench.model
 
-    def _prove(self, update: Tensor, given: Tensor, stream: Tensor) -> None:
-        """UnsupportedModelError if the block adds something else than gain * what it projects * scale."""
-        assert self.gain is not None
-        off = update - given * self.gain * scale_of(update, given, self.gain)[:, None]
-        near, far = (1e-4, 1e-5) if stream.dtype.itemsize >= 4 else (5e-2, 2e-2)
-        room = near * float(update.abs().max()) + far * float(stream.abs().max())
-        if not float(off.abs().max()) <= room:
-            raise UnsupportedModelError(
-                "more than a gain and a scale stand between its last projection and the stream", fix="leave it as it is"
-            )
-
-    def added(self, found: LinearMap) -> dict[str, Tensor]:
-        """The parameters of the projection with the map in them."""
+    def with_map(self, found: LinearMap) -> Repair:
+        """The repair with the map in the parameters of the projection."""
         assert self.gain is not None  # `sums` has seen it
-        gain = self.gain.to(found.weight)
-        behind = torch.where(gain.abs() > SMALLEST * gain.abs().max(), 1 / gain, 0.0)
-        more = found.weight * behind
+        behind_it = torch.where(self.gain == 0, 0.0, 1 / self.gain).to(found.weight)
+        more = found.weight * behind_it
         made = {self.place.weight: more.T if self.place.turned else more}
         if self.place.bias is not None:
-            made[self.place.bias] = found.bias * behind
-        now = self.repair.weights
-        held = {name: now.get(name, self.model.get_parameter(name).data) for name in made}
-        return {name: (held[name].to(delta) + delta).to(held[name]).contiguous() for name, delta in made.items()}
+            made[self.place.bias] = found.bias * behind_it
+        held = {name: self.repair.weights.get(name, self.model.get_parameter(name).data) for name in made}
+        weights = {name: (held[name].to(delta) + delta).to(held[name]).contiguous() for name, delta in made.items()}
+        return replace(self.repair, weights={**self.repair.weights, **weights}, made_up=self.walk.bench.mask)
 
 
-def gain_of(update: Tensor, given: Tensor) -> Tensor:
-    """g [outputs] of update = g * given * s, [tokens, outputs] with s a scale per token; by least squares in turn."""
-    gain = torch.ones_like(update[0])
+def between(update: Tensor, given: Tensor, rounding: Tensor) -> tuple[Tensor, bool]:
+    """The gain per channel in update = gain * given * scale, and whether tokens have a scale; the simplest that holds.
+
+    All [tokens, outputs]; rounding: of each entry of the stream. Nothing (1, 1), one gain for all, then both, where the
+    gain is 0 in channels whose rounding hides it. UnsupportedModelError if none holds in every entry.
+    """
+    ones = torch.ones_like(update[0])
+    alike = ones * (update * given).sum() / given.square().sum().clamp_min(torch.finfo(given.dtype).tiny)
+    for gain in (ones, alike):
+        if _holds(update, given * gain, rounding):
+            return gain, False
+    heard = update.square().sum(0) > HEARD * rounding.square().sum(0)
+    gain = heard.to(update)
     for turn in range(ROUNDS):
         scale = scale_of(update, given, gain) if turn else torch.ones_like(update[:, 0])
-        gain = scale_of(update.T, given.T, scale)
-    return gain
+        gain = torch.where(heard, scale_of(update.T, given.T, scale), 0.0)
+    found = given * gain * scale_of(update, given, gain)[:, None]
+    if not bool(heard.any()) or not _holds(update[:, heard], found[:, heard], rounding[:, heard]):
+        reason = "more than a gain and a scale stand between its last projection and the stream"
+        raise UnsupportedModelError(reason, fix="leave it as it is")
+    return gain, True
+
+
+def _holds(update: Tensor, found: Tensor, rounding: Tensor) -> bool:
+    near = NEAR * float(update.abs().max())
+    return bool(((update - found).abs() <= near + STEPS * rounding).all())
 
 
 def scale_of(update: Tensor, given: Tensor, gain: Tensor) -> Tensor:
-    """s [tokens] of update = gain * given * s, by least squares; 0 where there is nothing."""
+    """s [tokens] of update = gain * given * s, by least squares over channels with a gain; 0 where there is nothing."""
     basis = given * gain
     return (update * basis).sum(-1) / basis.square().sum(-1).clamp_min(torch.finfo(basis.dtype).tiny)

@@ -10,6 +10,7 @@ decoder, every look takes a forward pass up to its layer.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -66,21 +67,24 @@ class Led(Walk):
         self._parts = [*self.fit, *self.held_out]
         self._numbers = {id(part): number for number, part in enumerate(self._parts)}
         self._next, self._dense, self._parted = 0, dense, dense and bool(bench.start.weights)
-        self.states: Spill[tuple[int, bool]] = Spill(IN_MEMORY)
+        self.states: Spill[tuple[int, bool]] = Spill(IN_MEMORY, fix="free some disk space, or fit on less text")
 
     def begin(self) -> None:
         """Put in what reaches the first layer."""
-        first = self.layers[0].hidden
-        for number, part in enumerate(self._parts):
-            for mask, repair in self._models():
-                with repaired(self.bench.model, self.bench.anatomy, mask, repair):
-                    self.states.put((number, mask == DENSE), dict(self._call(part, 0).inputs())[first])
+        first, pruned, dense = self.layers[0].hidden, (self.bench.mask, self.bench.start), (DENSE, UNREPAIRED)
+        with evaluating(self.bench.model):
+            for number, part in enumerate(self._parts):
+                for mask, repair in (pruned, dense) if self._parted else (pruned,):
+                    with repaired(self.bench.model, self.bench.anatomy, mask, repair):
+                        state = dict(self._call(part, 0).inputs())[first]
+                    self.states.put((number, repair is not self.bench.start), state)
 
     def at(self, layer: Layer, batch: Examples, mask: Mask, repair: Repair, look: Callable[[nn.Module, Call], T]) -> T:
         assert layer is self.layers[self._next]
         model = self.bench.model
         with evaluating(model), torch.no_grad(), repaired(model, self.bench.anatomy, mask, repair):
-            state = self.states.get((self._numbers[id(batch)], self._parted and mask == DENSE))
+            dense = self._parted and mask == DENSE and repair is UNREPAIRED
+            state = self.states.get((self._numbers[id(batch)], dense))
             return look(model.get_submodule(layer.path), self._call(batch, self._next).given({layer.hidden: state}))
 
     def lead_to(self, layer: Layer, repair: Repair) -> None:
@@ -101,38 +105,44 @@ class Led(Walk):
                 self.states.put((number, dense), state)
         self._next, self._parted = self._next + 1, parted
 
-    def _models(self) -> list[tuple[Mask, Repair]]:
-        pruned, dense = (self.bench.mask, self.bench.start), (DENSE, UNREPAIRED)
-        return [pruned, dense] if self._parted else [pruned]
-
     def _call(self, part: Examples, number: int) -> Call:
         return self.tree.calls(part.to(self.bench.model.device).inputs)[number]
 
-    def proved(self) -> bool:
-        """Whether both models' streams behind the last layer are the same when they are led there and in one pass."""
-        row = next(self.bench.held_out.rows()).to(self.bench.model.device)
-        with evaluating(self.bench.model):
-            try:
-                return all(self._agrees(mask, row) for mask in (DENSE, self.bench.mask))
-            except MISFIT as error:
-                if is_out_of_memory(error):
-                    raise
-                return False
 
-    def _agrees(self, mask: Mask, row: Examples) -> bool:
-        last = self.layers[-1]
-        led = self.tree.final_states([mask], row.inputs)[mask]
-        plain = self._reach.at(last, row, mask, UNREPAIRED, behind(self.bench.model, last))
-        room = (1e-4 if plain.dtype.itemsize >= 4 else 5e-2) * float(plain.abs().max())
-        return led.shape == plain.shape and float((led - plain).abs().max()) <= room
+def proved(bench: Bench) -> bool:
+    """Whether two rows of text, led side by side, end as in one pass: in the dense model and in the pruned one.
+
+    Led as they are going to be: what layers hand on beside the stream is not there then.
+    """
+    rows = [*bench.held_out.rows()][:2]
+    led = Led(replace(bench, examples=rows[0], held_out=rows[-1], start=UNREPAIRED), dense=True)
+    last = led.layers[-1]
+    try:
+        with led.states:
+            led.begin()
+            led.lead_to(last, UNREPAIRED)
+            both = [(row, mask) for row in (*led.fit, *led.held_out) for mask in (DENSE, bench.mask)]
+            return all(_agrees(led, last, row, mask) for row, mask in both)
+    except MISFIT as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+
+
+def _agrees(led: Led, last: Layer, row: Examples, mask: Mask) -> bool:
+    look = behind(led.bench.model, last)
+    found = led.at(last, row, mask, UNREPAIRED, look)
+    plain = Walk.at(led, last, row, mask, UNREPAIRED, look)
+    room = (1e-4 if plain.dtype.itemsize >= 4 else 5e-2) * float(plain.abs().max())
+    return found.shape == plain.shape and float((found - plain).abs().max()) <= room
 
 
 @contextlib.contextmanager
 def side_by_side(bench: Bench, dense: bool) -> Iterator[Walk]:
     """The cheapest walk that this model allows. dense: whether the dense model is asked for too."""
-    if len(bench.anatomy.stacks) == 1 and (led := Led(bench, dense)).proved():
-        with led.states:
-            led.begin()
-            yield led
-    else:
+    if len(bench.anatomy.stacks) != 1 or not proved(bench):
         yield Walk(bench)
+        return
+    with (led := Led(bench, dense)).states:
+        led.begin()
+        yield led
