@@ -226,6 +226,17 @@ def test_gain_and_scale_are_found_from_what_a_block_adds():
         between(update + given.roll(1, dims=1), given, rounding)
 
 
+def test_a_token_a_thousand_times_the_others_does_not_hide_what_stands_between():
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(50, 8, generator=generator)
+    gain, scale = torch.rand(8, generator=generator) + 0.5, torch.rand(50, generator=generator) + 0.1
+    scale[0] = 1e5
+    update = given * gain * scale[:, None]
+    found, scaled = between(update, given, 1e-7 * update.abs())
+    assert scaled
+    torch.testing.assert_close(found * scale_of(update, given, found)[:, None], gain * scale[:, None])
+
+
 def test_channels_whose_rounding_hides_the_gain_are_left_alone():
     generator = torch.Generator().manual_seed(0)
     given = torch.randn(50, 8, generator=generator)

@@ -195,18 +195,20 @@ def between(update: Tensor, given: Tensor, rounding: Tensor) -> tuple[Tensor, bo
     """The gain per channel in update = gain * given * scale, and whether tokens have a scale; the simplest that holds.
 
     All [tokens, outputs]; rounding: of each entry of the stream. Nothing (1, 1), one gain for all, then both, where the
-    gain is 0 in channels whose rounding hides it. UnsupportedModelError if none holds in every entry.
+    gain is 0 in channels whose rounding hides it, and tokens count alike. UnsupportedModelError if none holds in every
+    entry.
     """
-    ones = torch.ones_like(update[0])
-    alike = ones * (update * given).sum() / given.square().sum().clamp_min(torch.finfo(given.dtype).tiny)
+    ones, tiny = torch.ones_like(update[0]), torch.finfo(update.dtype).tiny
+    alike = ones * (update * given).sum() / given.square().sum().clamp_min(tiny)
     for gain in (ones, alike):
         if _holds(update, given * gain, rounding):
             return gain, False
     heard = update.square().sum(0) > HEARD * rounding.square().sum(0)
+    one, other = (each / each.norm(dim=-1, keepdim=True).clamp_min(tiny) for each in (update * heard, given * heard))
     gain = heard.to(update)
     for turn in range(ROUNDS):
-        scale = scale_of(update, given, gain) if turn else torch.ones_like(update[:, 0])
-        gain = torch.where(heard, scale_of(update.T, given.T, scale), 0.0)
+        scale = scale_of(one, other, gain) if turn else torch.ones_like(update[:, 0])
+        gain = torch.where(heard, scale_of(one.T, other.T, scale), 0.0)
     found = given * gain * scale_of(update, given, gain)[:, None]
     if not bool(heard.any()) or not _holds(update[:, heard], found[:, heard], rounding[:, heard]):
         reason = "more than a gain and a scale stand between its last projection and the stream"
@@ -215,7 +217,7 @@ def between(update: Tensor, given: Tensor, rounding: Tensor) -> tuple[Tensor, bo
 
 
 def _holds(update: Tensor, found: Tensor, rounding: Tensor) -> bool:
-    near = NEAR * float(update.abs().max())
+    near = NEAR * update.abs().amax(dim=-1, keepdim=True)  # of each token: some are a thousand times others
     return bool(((update - found).abs() <= near + STEPS * rounding).all())
 
 
