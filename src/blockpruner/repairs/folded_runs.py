@@ -136,13 +136,7 @@ class _Fit:
 
     def _gathered(self, examples: Examples) -> NormalEquations:
         """Sums of what the block before the run adds, and of what is missing behind the run."""
-        sums: NormalEquations | None = None
-        for batch in examples.batches(BATCH_TOKENS):
-            x, y, weights = self._observed(batch)
-            sums = sums or NormalEquations(x.shape[-1], y.shape[-1], x.device)
-            sums.add(x, y, weights)
-        assert sums is not None  # examples are never empty
-        return sums
+        return NormalEquations.of(map(self._observed, examples.batches(BATCH_TOKENS)))
 
     def _observed(self, batch: Examples) -> tuple[Tensor, Tensor, Tensor]:
         model, anatomy, mask, repair = self.bench.model, self.bench.anatomy, self.bench.mask, self.repair

@@ -5,7 +5,9 @@ any text, and the best map of a lower rank depend on. Memory: inputs^2 + inputs 
 the number of tokens. Cost per token: as many multiply-adds.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -43,6 +45,16 @@ class NormalEquations:
         self._x, self._y = torch.zeros(inputs, **options), torch.zeros(outputs, **options)
         self._xx, self._xy = torch.zeros(inputs, inputs, **options), torch.zeros(inputs, outputs, **options)
         self._yy = torch.zeros(outputs, **options)
+
+    @classmethod
+    def of(cls, observed: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Self:
+        """Of all that is observed: x, y and weights, of so many tokens at a time; at least once."""
+        sums: Self | None = None
+        for x, y, weights in observed:
+            sums = sums or cls(x.shape[-1], y.shape[-1], x.device)
+            sums.add(x, y, weights)
+        assert sums is not None
+        return sums
 
     def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
         """Take tokens in: x [tokens, inputs], y [tokens, outputs], weights [tokens], 1 where left out."""

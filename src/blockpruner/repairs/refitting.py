@@ -41,10 +41,7 @@ from blockpruner.surgery.gaps import UNREPAIRED, Repair
 from blockpruner.texts.examples import Examples
 
 ROUNDS = 20  # of finding gain and scale, each from the other
-NEAR, STEPS = (
-    1e-4,
-    8,
-)  # what a block adds is proved to so much of itself, and to so many steps of rounding of the stream
+NEAR, STEPS = 1e-4, 8  # what a block adds is proved to so much of itself, and so many steps of the stream's rounding
 HEARD = 100  # power of what is added in a channel, beside that of the rounding there, from which on its gain is known
 NOTHING = "nothing is missing behind it"
 FOLDED = "a recovery before this one made it make up for the gap behind it"
@@ -122,13 +119,7 @@ class _Look:
 
     def sums(self) -> NormalEquations:
         """Of h, and of what is missing divided by the scale, over the text to fit on."""
-        found: NormalEquations | None = None
-        for batch in self.walk.fit:
-            h, missing, weights = self._tokens(batch)
-            found = found or NormalEquations(h.shape[-1], missing.shape[-1], h.device)
-            found.add(h, missing, weights)
-        assert found is not None  # a text has a window
-        return found
+        return NormalEquations.of(map(self._tokens, self.walk.fit))
 
     def missing(self, repair: Repair) -> float:
         """The sum of w |r|^2 / |z|^2 over the held-out tokens, with this repair as it is."""

@@ -1,14 +1,15 @@
 """The text of a recovery on its way through the dense model and the pruned one, layer by layer, side by side.
 
 A recovery in closed form looks at one layer after the other, in both models or in the pruned one. Where layers alone
-make what the model does, which is proved on a row of the held-out text, the streams before one layer are held, and led
-on when the next one is wanted: IN_MEMORY bytes of them in memory, the rest on disk. So all looks together cost one pass
-through each model, beside the layers that are looked at. What a layer is called with besides the stream is recorded
-again for each micro-batch (see `engine.masktree`), which costs the embedding. Elsewhere, as with an encoder before the
-decoder, every look takes a forward pass up to its layer.
+make what the model does, which is proved on two rows of the held-out text, the streams before one layer are held, and
+led on when the next one is wanted: IN_MEMORY bytes of them in memory, the rest on disk. So all looks together cost one
+pass through each model, beside the layers that are looked at. What a layer is called with besides the stream is
+recorded again for each micro-batch (see `engine.masktree`), which costs the embedding. Elsewhere, as with an encoder
+before the decoder, every look takes a forward pass up to its layer.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
@@ -114,7 +115,7 @@ def proved(bench: Bench) -> bool:
 
     Led as they are going to be: what layers hand on beside the stream is not there then.
     """
-    rows = [*bench.held_out.rows()][:2]
+    rows = list(itertools.islice(bench.held_out.rows(), 2))
     led = Led(replace(bench, examples=rows[0], held_out=rows[-1], start=UNREPAIRED), dense=True)
     last = led.layers[-1]
     try:
