@@ -250,6 +250,20 @@ def test_channels_whose_rounding_hides_the_gain_are_left_alone():
     assert bool((found[[0, 1, 2, 4, 5, 6, 7]] > 0).all())
 
 
+def test_channels_that_a_norm_all_but_shuts_are_left_alone_and_the_rest_is_fitted():
+    model = zoo.build("causal/gemma3_text")
+    shut = [3, 17, 30]
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data[shut] = -1 + 1e-4  # the gain is one more than the weight
+    bench = replace(bench_of("causal/gemma3_text", "mlp.1"), model=model)
+    bench = replace(bench, held_out=bench.examples)
+    repair, records = refit(bench)
+    place = "model.layers.2.self_attn.o_proj.weight"
+    assert next(record for record in records if record.place == place).applied
+    change = (repair.weights[place] - model.get_parameter(place)).abs().amax(dim=1)
+    assert [row for row, size in enumerate(change) if not size] == shut
+
+
 @pytest.mark.parametrize("name", ["causal/llama", "causal/gemma3_text"])
 def test_in_bfloat16_with_large_channels_nothing_gets_worse(name):
     model = zoo.build(name).to(torch.bfloat16)

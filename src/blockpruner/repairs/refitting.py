@@ -9,8 +9,10 @@ of that, without a parameter more. D minimises, by least squares over tokens t o
 where z is the dense model's stream behind the block, r what brings the pruned model's to it, and m the mean variance of
 an entry of h. What stands between projection and stream is a gain per channel, g (a multiplier, a layer's scale), and a
 scale per token, s (a norm's, as it was with W), both 1 where nothing does; that there is no more is proved on the first
-micro-batch: what the block adds is g * (h W + c) s in every entry, to the rounding of the stream. Channels whose stream
-is so large that its rounding hides g are left as they are. Errors count beside |z|, as the next norm divides by that.
+micro-batch: what the block adds is g * (h W + c) s in every entry, to the rounding of the stream. Behind a norm, those
+channels are left as they are whose stream is so large that its rounding hides g, and those that g all but shuts: what
+is put into these would be so large that the norm answered to it. Errors count beside |z|, as the next norm divides by
+that.
 
 The ridge is the one that leaves least missing on held-out text as the layer then computes it, its norm with it.
 Blocks are fitted in the order of depth, each on the model as it is with those before it, so that what one leaves is the
@@ -43,6 +45,7 @@ from blockpruner.texts.examples import Examples
 ROUNDS = 20  # of finding gain and scale, each from the other
 NEAR, STEPS = 1e-4, 8  # what a block adds is proved to so much of itself, and so many steps of the stream's rounding
 HEARD = 100  # power of what is added in a channel, beside that of the rounding there, from which on its gain is known
+CLOSED = 1e-2  # gain beside the largest, below which a channel of a norm is as good as shut
 NOTHING = "nothing is missing behind it"
 FOLDED = "a recovery before this one made it make up for the gap behind it"
 
@@ -186,8 +189,8 @@ def between(update: Tensor, given: Tensor, rounding: Tensor) -> tuple[Tensor, bo
     """The gain per channel in update = gain * given * scale, and whether tokens have a scale; the simplest that holds.
 
     All [tokens, outputs]; rounding: of each entry of the stream. Nothing (1, 1), one gain for all, then both, where the
-    gain is 0 in channels whose rounding hides it, and tokens count alike. UnsupportedModelError if none holds in every
-    entry.
+    gain is 0 in channels whose rounding hides it or that are all but shut, and tokens count alike.
+    UnsupportedModelError if none holds in every entry.
     """
     ones, tiny = torch.ones_like(update[0]), torch.finfo(update.dtype).tiny
     alike = ones * (update * given).sum() / given.square().sum().clamp_min(tiny)
@@ -204,7 +207,7 @@ def between(update: Tensor, given: Tensor, rounding: Tensor) -> tuple[Tensor, bo
     if not bool(heard.any()) or not _holds(update[:, heard], found[:, heard], rounding[:, heard]):
         reason = "more than a gain and a scale stand between its last projection and the stream"
         raise UnsupportedModelError(reason, fix="leave it as it is")
-    return gain, True
+    return torch.where(gain.abs() < CLOSED * gain.abs().max(), 0.0, gain), True
 
 
 def _holds(update: Tensor, found: Tensor, rounding: Tensor) -> bool:
