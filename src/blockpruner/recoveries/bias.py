@@ -23,7 +23,7 @@ class Bias:
     title: ClassVar[str] = "Mean update"
     source: ClassVar[str] = "Siddiqui et al. 2024, arXiv 2407.16286 (there of the dense model)"
     needs: ClassVar[str] = "forward passes"
-    passes: ClassVar[str] = "about 1 forward"
+    passes: ClassVar[str] = "1 to 2 forward"
 
     def added_parameters(self, inputs: int, outputs: int) -> int:
         return outputs

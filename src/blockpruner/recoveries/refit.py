@@ -29,7 +29,7 @@ class Refit:
         "least squares reconstruction, as He, Zhang and Sun 2017, arXiv 1707.06168, do for channels: ours for depth"
     )
     needs: ClassVar[str] = "forward passes"
-    passes: ClassVar[str] = "about 6 forward; 2 per block with several stacks"
+    passes: ClassVar[str] = "2 to 8 forward; 2 per block with several stacks"
 
     def __post_init__(self) -> None:
         if (self.ridge != "auto" and not self.ridge >= 0) or not 0 <= self.sinks <= 1:
@@ -42,8 +42,11 @@ class Refit:
         return 0
 
     def price(self, bench: Bench) -> str:
-        count = len(bench.anatomy.outline.blocks) - len(bench.mask)
-        return walks(bench, count, "block", 6 if len(bench.anatomy.stacks) == 1 else 2 * count)
+        stacks, blocks = bench.anatomy.stacks, bench.anatomy.outline.blocks
+        first = next((number for number, block in enumerate(blocks) if block in bench.mask), len(blocks))
+        count = sum(block not in bench.mask for block in blocks[first:])
+        passes = 2 + 3 * count / len(stacks[0].layers) if len(stacks) == 1 else 2 * count
+        return walks(bench, count, "block", round(passes, 1))
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.refitting import refit_kept
