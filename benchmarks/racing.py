@@ -2,13 +2,14 @@
 
     python benchmarks/racing.py --data "$BLOCKPRUNER_DATA" --json experiments/search_cost.json
 
-REMOVED blocks go by TOKENS tokens of C4, in draws of 40 documents each; the exhaustive search, which is what a race is
-to agree with, runs on the first draw alone. Final losses are those on the calibration text, evaluated in full. The
-counts of the published loop (every candidate, every token, a full pass) are arithmetic, and are checked by the plain
-loop of search_cost.py. Work is also given as one number: as operations, two per weight and token, and as seconds, at
-what a token costs in blocks and in the head on the machine of the run. RUNS keeps what is known: the same command goes
-on, and draws that are in the JSON already, for the same model and settings, stay as they are, each with its commit. The
-figures become `racing` in the JSON.
+REMOVED blocks go by TOKENS tokens of C4, in draws of 40 documents each, by races over OBJECTIVE; the exhaustive search
+over the loss itself, which is what a race is to agree with, runs on the first draw alone. Final losses are those on the
+calibration text, on all of it and over the whole vocabulary, whatever a race went by. The counts of the published loop
+(every candidate, every token, a full pass) are arithmetic, and are checked by the plain loop of search_cost.py. Work is
+also given as one number: as operations, two per weight and token, and as seconds, at what a token costs in blocks and
+in the head on the machine of the run. RUNS keeps what is known: the same command goes on, and draws that are in the
+JSON already, for the same model and settings, stay as they are, each with its commit. Each of WORKERS computes with one
+thread, and finds the bits that a single process with one thread does. The figures become `racing` in the JSON.
 """
 
 import argparse
@@ -22,15 +23,18 @@ from search_cost import commit
 
 from blockpruner.artifacts import Work
 from blockpruner.console import Progress
+from blockpruner.engine.hands import Crew
 from blockpruner.engine.objective import ModelObjective
 from blockpruner.loading.models import load
-from blockpruner.plan import Plan
+from blockpruner.objectives.loss import Loss
 from blockpruner.planning import Task, find_plan, prepare
 from blockpruner.price import quote
 from blockpruner.searching.contract import DENSE
+from blockpruner.searching.evaluations import Evaluations
 from blockpruner.subject import Subject, open_subject
 
 C4 = "text/c4_demo.jsonl"
+KEPT = ("whole vocabulary", "reference")  # by other settings than the draws
 DOCUMENTS = 40  # per draw; the text for calibration is documents 0 to 199
 
 
@@ -40,6 +44,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--removed", type=int, default=9)
+    parser.add_argument("--objective", default="sampled-loss")
+    parser.add_argument("--workers", type=int, default=0, help="processes that share the work")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--reference", action="store_true", help="the exhaustive search on the first draw as well")
     parser.add_argument("--dtype", default="bfloat16", help="of what is run now; rows that are there keep theirs")
@@ -50,10 +56,10 @@ def main() -> None:
     figures = begun(subject, options)
     for draw in map(str, range(options.draws)):
         if draw not in figures["draws"]:
-            figures["draws"][draw] = searched(subject, options, int(draw), "greedy")
+            figures["draws"][draw] = searched(subject, options, int(draw), "greedy", options.objective)
             write(options.json, figures)
     if options.reference and not figures["reference"]:
-        figures["reference"] = searched(subject, options, 0, "exhaustive")
+        figures["reference"] = searched(subject, options, 0, "exhaustive", "loss")
         write(options.json, figures)
     print(json.dumps(figures.get("share of the published loop"), indent=1))
 
@@ -61,19 +67,20 @@ def main() -> None:
 def begun(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """What is in the JSON for this model and these settings, or the beginning of it."""
     settings = {
-        "settings": {key: getattr(options, key) for key in ("tokens", "window", "removed")},
+        "settings": {key: getattr(options, key) for key in ("tokens", "window", "removed", "objective")},
         "model": subject.identity.model_dump(mode="json"),
     }
     kept = read(options.json).get("racing", {})
     if settings.items() <= kept.items():
         return kept
+    earlier = {"draws": {}, "reference": None, **{key: kept[key] for key in KEPT if key in kept}}
     return {
         "command": 'python benchmarks/racing.py --reference --data "$BLOCKPRUNER_DATA" '
         "--json experiments/search_cost.json",
         "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
         **settings,
+        **earlier,
         "draws": {},
-        "reference": None,
     }
 
 
@@ -88,13 +95,13 @@ def write(path: Path, figures: dict[str, Any]) -> None:
         figures["share of the published loop"] = {"median": statistics.median(spent), "worst": max(spent)}
     reference, first = figures["reference"], figures["draws"].get("0")
     if reference and first:
-        figures["loss beside the reference"] = first["loss"]["value"] / reference["loss"]["value"] - 1
+        figures["loss beside the reference"] = first["final loss"]["value"] / reference["final loss"]["value"] - 1
     part = path.with_suffix(".part")
     part.write_text(json.dumps(read(path) | {"racing": figures}, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
 
 
-def searched(subject: Subject, options: argparse.Namespace, draw: int, search: str) -> dict[str, Any]:
+def searched(subject: Subject, options: argparse.Namespace, draw: int, search: str, objective: str) -> dict[str, Any]:
     """One search on one draw: its plan, what it cost, and what the published loop would have."""
     documents = f"[{DOCUMENTS * draw}:{DOCUMENTS * (draw + 1)}]"
     task = prepare(
@@ -102,25 +109,33 @@ def searched(subject: Subject, options: argparse.Namespace, draw: int, search: s
         target=f"blocks={options.removed}",
         calibration=f"{options.data / C4}{documents}",
         search=search,
+        objective=objective,
         tokens=options.tokens,
         window=options.window,
     )
     print(f"--- {search}, draw {draw}", flush=True)
     price = quote(task)
-    plan = find_plan(task, options.runs / f"{search}-{draw}", Progress())
+    crew = Crew(options.workers, "demo", dtype=options.dtype) if options.workers else None
+    named = search if objective == "loss" else f"{search}-{objective.replace(':', '-')}"
+    plan = find_plan(task, options.runs / f"{named}-{draw}", Progress(), crew=crew)
     assert plan.work is not None
+    work = plan.work + task.objective.drawing()[0]
+    whole = task.data.objective(subject, Loss())
+    final = Evaluations(whole).losses([plan.mask()], "measuring")[plan.mask()]
     return {
         "commit": commit(),
         "dtype": options.dtype,
         "search": plan.method.search if plan.method else "",
+        "objective": plan.method.objective if plan.method else "",
         "documents": documents,
         "steps": ["+".join(map(str, step.blocks)) for step in plan.steps],
         "ties": {number: list(step.ties) for number, step in enumerate(plan.steps, 1) if step.ties},
         "pieces": [statistics.fmean(s.n for s in step.scores.values() if s) for step in plan.steps],
         "loss": plan.steps[-1].loss.model_dump() if plan.steps[-1].loss else None,
-        "work": plan.work.model_dump(mode="json"),
-        "price": {"work": price.work.model_dump(mode="json"), "of the work": priced(task, price.work, plan.work)},
-        "share of the published loop": shares(task, plan, published(task.objective, len(plan.steps))),
+        "final loss": final.model_dump() if final else None,
+        "work": work.model_dump(mode="json"),
+        "price": {"work": price.work.model_dump(mode="json"), "of the work": priced(task, price.work, work)},
+        "share of the published loop": shares(whole, work, published(whole, len(plan.steps))),
     }
 
 
@@ -134,9 +149,8 @@ def published(objective: ModelObjective, steps: int) -> Work:
     return Work(attention_tokens=mixed, mlp_tokens=mixed, head_tokens=sum(candidates) * whole.head_tokens)
 
 
-def shares(task: Task, plan: Plan, loop: Work) -> dict[str, float]:
-    """The work of the plan's search as a share of that of the loop: of blocks, of the head, and of both."""
-    work, objective = plan.work or Work(), task.objective
+def shares(objective: ModelObjective, work: Work, loop: Work) -> dict[str, float]:
+    """`work` as a share of that of the loop: of blocks, of the head, and of both."""
     blocks = (work.attention_tokens + work.mlp_tokens) / (loop.attention_tokens + loop.mlp_tokens)
     return {
         "blocks": blocks,

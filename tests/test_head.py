@@ -16,6 +16,7 @@ from blockpruner.engine.objective import ModelObjective
 from blockpruner.metrics import token_losses
 from blockpruner.objectives.kl import KL
 from blockpruner.objectives.loss import Loss
+from blockpruner.objectives.sampled_loss import EVEN, SampledLoss
 from blockpruner.texts.examples import examples_of
 
 
@@ -100,3 +101,77 @@ def test_a_head_whose_weights_change_is_read_again():
     before = list(objective.batch_losses([frozenset()], 0))
     model.lm_head.weight.data = model.lm_head.weight.data * 2
     assert list(objective.batch_losses([frozenset()], 0)) != before
+
+
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False)])
+def test_probabilities_are_added_up_over_states(monkeypatch, dtype, bias):
+    linear, states, _ = planted(dtype=dtype, bias=bias)
+    expected = linear(states).float().softmax(-1).double().sum(0)
+    for at_once in (1, 16 * len(states), 2**18):
+        monkeypatch.setitem(head._AT_ONCE, "cpu", at_once)
+        found = Head("lm_head", linear).probabilities(states)
+        torch.testing.assert_close(found, expected, rtol=1e-4 if dtype == torch.float32 else 0.1, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_of_a_sampled_head_weigh_its_tokens_and_know_every_target(monkeypatch, dtype, bias):
+    linear, states, targets = planted(dtype=dtype, bias=bias)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randperm(len(linear.weight), generator=generator)[:30]
+    chances = torch.rand(30, generator=generator, dtype=torch.float64) * 0.9 + 0.1
+    logits = linear(states).float()
+    sums = (logits[:, tokens] - chances.log()[None]).logsumexp(-1).float()
+    expected = sums - logits.gather(1, targets[:, None])[:, 0]
+    for at_once in (1, 16 * len(states), 2**18):
+        monkeypatch.setitem(head._AT_ONCE, "cpu", at_once)
+        found = Head("lm_head", linear).sampled(tokens, chances).token_losses(states, targets)
+        slack = 1e-4 if dtype == torch.float32 else 0.3  # the target's logit is rounded once more or less
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=slack)
+
+
+def test_chances_of_a_draw_are_in_proportion_at_most_one_and_add_up():
+    share = torch.rand(500, generator=torch.Generator().manual_seed(2), dtype=torch.float64) ** 6
+    for size in (1, 40, 300, 499):
+        tokens, chances = SampledLoss(size).draw(share)
+        assert len(tokens) == size == len(set(tokens.tolist()))
+        q = ((1 - EVEN) * share / share.sum() + EVEN / 500)[tokens]
+        rest = chances < 1
+        assert (chances > 0).all()
+        assert float(chances.max()) <= 1
+        if rest.any():
+            scale = chances[rest] / q[rest]
+            torch.testing.assert_close(scale, scale[:1].expand_as(scale))
+            assert bool((q[~rest] * scale[0] >= 1 - 1e-9).all())
+
+
+@pytest.mark.parametrize("size", [500, 501, 10**6])
+def test_a_draw_of_no_fewer_tokens_than_there_are_takes_all_for_certain(size):
+    share = torch.rand(500, generator=torch.Generator().manual_seed(2))
+    tokens, chances = SampledLoss(size).draw(share)
+    assert tokens.tolist() == list(range(500))
+    assert chances.tolist() == [1.0] * 500
+
+
+def test_the_estimated_sum_over_the_vocabulary_is_unbiased_over_draws():
+    linear, states, targets = planted(vocabulary=400, spread=0.7)
+    whole = Head("lm_head", linear)
+    logits = linear(states)
+    truth = logits.exp().sum(-1).double()
+    share = whole.probabilities(states)
+    found = []
+    for seed in range(600):
+        losses = whole.sampled(*SampledLoss(60, seed).draw(share)).token_losses(states, targets)
+        found.append((losses + logits.gather(1, targets[:, None])[:, 0]).double().exp() / truth)
+    ratios = torch.stack(found)
+    standard_error = ratios.std(0) / len(found) ** 0.5
+    assert float(((ratios.mean(0) - 1).abs() / standard_error).max()) < 4
+    assert float(ratios.std(0).max()) < 0.5
+
+
+def test_a_draw_hardly_changes_with_the_last_digits_of_what_it_goes_by():
+    share = torch.rand(5000, generator=torch.Generator().manual_seed(3), dtype=torch.float64) ** 4
+    noise = 1 + 1e-6 * torch.randn(5000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    first, other = (set(SampledLoss(500).draw(each)[0].tolist()) for each in (share, share * noise))
+    assert len(first - other) <= 2
+    assert first != set(SampledLoss(500, seed=1).draw(share)[0].tolist())

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from blockpruner.objectives.jensen_shannon import JensenShannon
 from blockpruner.objectives.kl import KL
 from blockpruner.objectives.logit_distance import LogitDistance
 from blockpruner.objectives.loss import Loss
+from blockpruner.objectives.sampled_loss import SampledLoss
 from blockpruner.surgery.removal import skipped
 from blockpruner.texts.examples import IGNORED, Signs, examples_of
 
@@ -326,3 +328,59 @@ def test_memory_that_runs_out_is_no_reason_for_the_engine_that_needs_more(monkey
     monkeypatch.setattr(MaskTree, "final_states", full)
     with pytest.raises(RuntimeError, match="can't allocate"):
         loss_of(shared("llama"), anatomy_of("llama"), token_ids())
+
+
+def sampled(family, vocabulary, windows, seed=0, **options):
+    model = shared(family)
+    return ModelObjective(
+        model, anatomy_of(family), examples_of(model, windows), SampledLoss(vocabulary, seed), **options
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_a_loss_over_all_tokens_as_a_part_of_the_vocabulary_is_the_loss(family):
+    windows = token_ids(5, 12)
+    whole = loss_of(shared(family), anatomy_of(family), windows, batch_tokens=24)
+    found = sampled(family, 10**6, windows, batch_tokens=24)
+    expected = all_losses(whole, MASKS)
+    for mask, losses in all_losses(found, MASKS).items():
+        assert losses == pytest.approx(expected[mask], abs=2e-5)
+    assert found.work(MASKS, 0) == whole.work(MASKS, 0)
+
+
+def test_a_loss_over_a_part_of_the_vocabulary_goes_by_what_the_whole_model_thinks_of_all_the_text():
+    windows = token_ids(5, 12)
+    found, model = sampled("llama", 40, windows, batch_tokens=24), shared("llama")
+    with torch.no_grad():
+        logits = model(input_ids=windows, use_cache=False).logits[:, :-1].float()
+    tokens, chances = SampledLoss(40).draw(logits.softmax(-1).double().sum((0, 1)))
+    assert len(tokens) == 40 < logits.shape[-1]
+    for mask, losses in all_losses(found, MASKS).items():
+        with skipped(model, mask, anatomy=found.anatomy), torch.no_grad():
+            logits = model(input_ids=windows, use_cache=False).logits[:, :-1].float()
+        sums = (logits[..., tokens] - chances.log()).logsumexp(-1)
+        right = logits.gather(2, windows[:, 1:, None])[..., 0]
+        assert losses == pytest.approx((sums - right).mean(1).tolist(), abs=2e-5)
+
+
+def test_a_part_of_the_vocabulary_costs_its_share_of_the_head_and_a_pass_to_draw_it():
+    windows = token_ids(5, 12)
+    found = sampled("llama", 40, windows, batch_tokens=24)
+    whole = loss_of(shared("llama"), anatomy_of("llama"), windows, batch_tokens=24)
+    share = 40 / shared("llama").get_output_embeddings().weight.shape[0]
+    for batch in range(found.batches):
+        ours, plain = found.work(MASKS, batch), whole.work(MASKS, batch)
+        assert (ours.attention_tokens, ours.mlp_tokens) == (plain.attention_tokens, plain.mlp_tokens)
+        heads = plain.head_tokens / len(set(MASKS))
+        assert ours.head_tokens == math.ceil(heads * share) * len(set(MASKS))
+    once = sum((whole.work([DENSE], batch) for batch in range(whole.batches)), Work())
+    draw, _ = found.drawing()
+    assert draw == once.model_copy(update={"head_tokens": 2 * once.head_tokens})
+    assert whole.drawing()[0] == Work()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "t5"])
+def test_a_model_whose_head_cannot_be_taken_in_parts_is_refused(family):
+    model = zoo.build({"gemma2": "causal/gemma2", "t5": "seq2seq/t5"}[family])
+    with pytest.raises(InputError, match="cannot be judged by a part of its vocabulary"):
+        ModelObjective(model, read_anatomy(model), examples_of(model, token_ids(2, 12), SIGNS), SampledLoss())

@@ -6,6 +6,7 @@ from blockpruner.anatomy.parts import Layer, layer_stand_ins
 from blockpruner.blocks import Mask, format_mask
 from blockpruner.data import Data
 from blockpruner.mending import Mended
+from blockpruner.objectives import in_full
 from blockpruner.outcome import Contestant
 from blockpruner.plan import Plan
 from blockpruner.planning import Task
@@ -27,7 +28,7 @@ def recovered(task: Task, data: Data, mended: Mended) -> Contestant:
             path: repair.replacements[path] for path in layer_stand_ins(layer, removed) if path in repair.replacements
         }
 
-    losses = Evaluations(data.objective(subject, task.objective.measure, filling)).losses([mask], "measuring")
+    losses = Evaluations(data.objective(subject, in_full(task.objective.measure), filling)).losses([mask], "measuring")
     left = subject.identity.parameters - subject.anatomy.outline.removed_parameters(mask)
     return Contestant(removed=format_mask(mask), parameters=left + repair.added_parameters, loss=losses[mask])
 
@@ -45,7 +46,7 @@ def at_random(task: Task, plan: Plan, number: int = RANDOMS) -> dict[str, Mask]:
 def measured(task: Task, data: Data, masks: Mapping[str, Mask]) -> dict[str, Contestant]:
     """The loss of the model without each mask, by the objective of the task on other data."""
     subject, outline = task.subject, task.subject.anatomy.outline
-    objective = data.objective(subject, task.objective.measure)
+    objective = data.objective(subject, in_full(task.objective.measure))
     losses = Evaluations(objective).losses(masks.values(), "measuring")
     return {
         name: Contestant(

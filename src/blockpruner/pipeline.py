@@ -11,7 +11,7 @@ from blockpruner.engine.hands import Crew
 from blockpruner.engine.limits import context
 from blockpruner.errors import InputError, RunFolderError
 from blockpruner.mending import Mended, mend
-from blockpruner.objectives import OBJECTIVES
+from blockpruner.objectives import OBJECTIVES, in_full
 from blockpruner.outcome import Outcome
 from blockpruner.plan import Plan
 from blockpruner.planning import Task, prepare
@@ -62,7 +62,7 @@ def run(
         version=Outcome.VERSION,
         recipe=recipe,
         model=subject.identity,
-        objective=format_method(task.objective.measure, OBJECTIVES),
+        objective=format_method(in_full(task.objective.measure), OBJECTIVES),
         data=held_out.record,
         work=plan.work or Work(),
         contestants=contestants,

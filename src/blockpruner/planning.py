@@ -138,7 +138,7 @@ def prepare(
     outline = subject.anatomy.outline
     begun = () if start is None else tuple(Move.of(*step.blocks) for step in start.steps)
     method = parse_search(search, seed=seed, streamed=subject.memory is not None)
-    measure = parse_objective(objective)
+    measure = parse_objective(objective, seed=seed)
     if criterion is not None and not method.ranks:
         raise _unused("--criterion", search, [name for name, kind in SEARCHES.items() if kind.ranks])
     if start is not None and not method.starts:

@@ -18,9 +18,10 @@ LOOK_EVERY = 0.05  # seconds between two looks at the memory of a search
 class Price(Record):
     """What a search costs.
 
-    evaluations: masks; work: counted tokens of those; passes: forward passes over all data that its criterion, and the
-    fits of a recovery inside it, take beside them; traffic: bytes of weights and states (of the criterion's passes they
-    are not counted); memory: bytes, of weights, states and logits; seconds: on this machine. None: not known.
+    evaluations: masks; work: counted tokens of those, and of drawing a part of the vocabulary; passes: forward passes
+    over all data that its criterion, and the fits of a recovery inside it, take beside them; traffic: bytes of weights
+    and states (of the criterion's passes they are not counted); memory: bytes, of weights, states and logits; seconds:
+    on this machine. None: not known.
 
     Before a search all are those of a rehearsal, and seconds go by one timed pass. How the work divides between kinds
     of blocks depends on which go, so that true counts of a kind differ by more than their sum does (growth.json has
@@ -56,13 +57,15 @@ def quote(task: Task) -> Price:
     found, objective = task.rehearsed, task.objective
     passes = found.passes + (0 if task.replacing is None else task.replacing.passes(task.problem.moves(DENSE)))
     once = sum((objective.work([DENSE], batch) for batch in range(objective.batches)), Work())
+    draw, drawn = objective.drawing()
+    work, moved = found.result.work + draw, found.moved + drawn
     return Price(
         evaluations=found.result.evaluations,
-        work=found.result.work,
+        work=work,
         passes=passes,
-        traffic=found.moved,
-        memory=objective.held_bytes(found.moved),
-        seconds=objective.seconds(found.result.work) + passes * objective.seconds(once),
+        traffic=moved,
+        memory=objective.held_bytes(moved),
+        seconds=objective.seconds(work) + passes * objective.seconds(once),
     )
 
 
@@ -86,7 +89,7 @@ def search_for(
         plan = find_plan(task, run, progress, budget, crew)
     spent = Price(
         evaluations=plan.evaluations or 0,
-        work=plan.work or Work(),
+        work=(plan.work or Work()) + objective.drawing()[0],
         passes=said.passes if said.passes == 0 else None,
         traffic=objective.moved,
         memory=None if taken.peak is None else objective.weight_bytes + taken.peak,

@@ -116,7 +116,7 @@ def compare(
             f"there is no {moves!r} move in this model, or every one touches a protected layer or what is gone already",
             fix="use other moves, protect fewer layers, or leave out --removed",
         )
-    measure = parse_objective(objective)
+    measure = parse_objective(objective, seed=seed)
     data = read_data(subject, calibration, measure, seed=seed, **text)
     ready = data.objective(subject, measure)
     comparison = Comparison(subject, data, ready, methods, moves, protected, found, removed, seed)

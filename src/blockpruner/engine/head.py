@@ -4,7 +4,7 @@ With 262,144 tokens in a vocabulary, the logits of 256 positions are 134 MB in b
 write them, and to read them again, takes longer than to compute them. A part of a mebibyte or so stays in the cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -39,29 +39,95 @@ class Head:
         logit is rounded as in the model, but for a bias, which is added after that; sums in float32. states:
         [positions, width]; targets: [positions]. One pass over the weight. Memory: _AT_ONCE logits.
         """
-        weight, bias = self.linear.weight, self.linear.bias
-        positions, vocabulary = len(states), len(weight)
-        rows = max(1, min(vocabulary, _AT_ONCE.get(states.device.type, _ELSEWHERE) // max(1, positions)))
-        columns = states.to(weight.dtype).T.contiguous()  # some models widen their logits, and now these
-        found = columns.new_empty(rows, positions)
-        narrow = found.dtype != torch.float32
-        wide = torch.empty_like(found, dtype=torch.float32) if narrow else found
-        highest = wide.new_full((positions,), torch.finfo(torch.float32).min)
-        total, right = torch.zeros_like(highest), torch.zeros_like(highest)
+        vocabulary = len(self.linear.weight)
+        rows = _rows(states, vocabulary)
+        sums, right = _LogSumExp(states), torch.zeros(len(states), device=states.device)
         ordered, order = targets.sort()
         bounds = torch.searchsorted(ordered, torch.arange(0, vocabulary + rows, rows, device=targets.device)).tolist()
-        for number, start in enumerate(range(0, vocabulary, rows)):
-            some = weight[start : start + rows]
-            logits = torch.mm(some, columns, out=found[: len(some)])
-            if bias is not None:
-                logits += bias[start : start + rows, None]
+        for number, logits in enumerate(_logits(self.linear.weight, self.linear.bias, states, rows)):
             here = order[bounds[number] : bounds[number + 1]]
-            exact = wide[: len(some)].copy_(logits) if narrow else logits
-            right[here] = exact[targets[here] - start, here]
-            above = torch.maximum(highest, exact.amax(dim=0))
-            total = total * (highest - above).exp() + exact.sub_(above).exp_().sum(dim=0)
-            highest = above
-        return total.log() + highest - right
+            right[here] = logits[targets[here] - number * rows, here]
+            sums.add(logits)
+        return sums.value() - right
+
+    @torch.no_grad()
+    def probabilities(self, states: Tensor) -> Tensor:
+        """The probability of each token of the vocabulary, added up over `states`: [vocabulary], float64.
+
+        Two passes over the weight. Memory: _AT_ONCE logits.
+        """
+        weight, bias = self.linear.weight, self.linear.bias
+        sums, rows = _LogSumExp(states), _rows(states, len(weight))
+        for logits in _logits(weight, bias, states, rows):
+            sums.add(logits)
+        whole = sums.value()
+        return torch.cat([(z - whole).exp_().sum(dim=1).double() for z in _logits(weight, bias, states, rows)])
+
+    def sampled(self, tokens: Tensor, chances: Tensor) -> "SampledHead":
+        """The head of these tokens alone, each of which was drawn with its chance; holds a copy of their weights."""
+        weight, bias = self.linear.weight, self.linear.bias
+        tokens = tokens.to(weight.device)
+        weights = -chances.log().float().to(weight.device)
+        part = weight.detach()[tokens], None if bias is None else bias.detach()[tokens]
+        return SampledHead(self.path, self.linear, *part, weights)
+
+
+@dataclass(frozen=True)
+class SampledHead(Head):
+    """A head that knows the logits of some tokens, and of each target.
+
+    weight: [tokens, width]; bias: [tokens]; log_weights: [tokens], what each stands for: the logarithm of 1 / chance.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    log_weights: Tensor
+
+    @torch.no_grad()
+    def token_losses(self, states: Tensor, targets: Tensor) -> Tensor:
+        """loss[p] = logsumexp over the tokens of (z[p] + log_weights) - z[p, target[p]]; else as the whole head's."""
+        rows, sums = _rows(states, len(self.weight)), _LogSumExp(states)
+        for number, logits in enumerate(_logits(self.weight, self.bias, states, rows)):
+            sums.add(logits.add_(self.log_weights[number * rows : (number + 1) * rows, None]))
+        own, bias = self.linear.weight[targets], self.linear.bias
+        right = (states.to(own.dtype).float() * own.float()).sum(dim=1).to(own.dtype)
+        return sums.value() - (right if bias is None else right + bias[targets]).float()
+
+
+def _rows(states: Tensor, vocabulary: int) -> int:
+    """Tokens of the vocabulary whose logits exist at a time."""
+    return max(1, min(vocabulary, _AT_ONCE.get(states.device.type, _ELSEWHERE) // max(1, len(states))))
+
+
+def _logits(weight: Tensor, bias: Tensor | None, states: Tensor, rows: int) -> Iterator[Tensor]:
+    """Logits [some tokens, positions] in float32, `rows` tokens at a time, in one place that the caller may change."""
+    columns = states.to(weight.dtype).T.contiguous()  # some models widen their logits, and now these
+    found = columns.new_empty(rows, len(states))
+    narrow = found.dtype != torch.float32
+    wide = torch.empty_like(found, dtype=torch.float32) if narrow else found
+    for start in range(0, len(weight), rows):
+        some = weight[start : start + rows]
+        logits = torch.mm(some, columns, out=found[: len(some)])
+        if bias is not None:
+            logits += bias[start : start + rows, None]
+        yield wide[: len(some)].copy_(logits) if narrow else logits
+
+
+class _LogSumExp:
+    """log sum exp of logits that come a part of the vocabulary at a time, by position, in float32."""
+
+    def __init__(self, states: Tensor) -> None:
+        self._highest = torch.full((len(states),), torch.finfo(torch.float32).min, device=states.device)
+        self._total = torch.zeros_like(self._highest)
+
+    def add(self, logits: Tensor) -> None:
+        """Add a part, [tokens, positions], which is used up by it."""
+        above = torch.maximum(self._highest, logits.amax(dim=0))
+        self._total = self._total * (self._highest - above).exp() + logits.sub_(above).exp_().sum(dim=0)
+        self._highest = above
+
+    def value(self) -> Tensor:
+        return self._total.log() + self._highest
 
 
 def proved_head(model: PreTrainedModel, outputs: Callable[[], Tensor], targets: Tensor) -> Head | None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.anatomy.parts import Anatomy, Stack
+from blockpruner.anatomy.parts import Anatomy
 from blockpruner.anatomy.probing import evaluating, first_tensor, vocabulary_size, without_cache
 from blockpruner.artifacts import Traffic, Work
 from blockpruner.blocks import Mask
@@ -20,10 +21,12 @@ from blockpruner.engine.head import Head, proved_head
 from blockpruner.engine.limits import check_fits
 from blockpruner.engine.masktree import Inputs, MaskTree, Node, output_of, sweep_traffic, sweep_work
 from blockpruner.engine.spilling import Spill
+from blockpruner.engine.sums import Sums, marked, positions_of, tokens_of
 from blockpruner.errors import InputError, is_out_of_memory
 from blockpruner.loading.lending import lends
 from blockpruner.measuring import Measure
 from blockpruner.objectives.loss import Loss
+from blockpruner.objectives.sampled_loss import SampledLoss
 from blockpruner.searching.contract import DENSE, BatchByBatch, Found, Values
 from blockpruner.surgery.gaps import Filling, filled, repaired
 from blockpruner.texts.examples import IGNORED, Examples
@@ -84,6 +87,42 @@ class ModelObjective(BatchByBatch):
         self.fallback = self._probe()
         if self.fallback:
             _log.warning("plain forward passes instead of the mask tree: %s", self.fallback)
+        if self.samples and (self.fallback or self._head is None):
+            why = self.fallback or "there is more to its head than a linear layer"
+            raise InputError(
+                f"{type(model).__name__} cannot be judged by a part of its vocabulary: {why}",
+                fix="use --objective loss",
+            )
+
+    @property
+    def samples(self) -> bool:
+        """Whether losses come from a part of the vocabulary, which one pass of the whole model is needed to draw."""
+        return isinstance(self.measure, SampledLoss)
+
+    @cached_property
+    def _losing(self) -> Head | None:
+        """What losses come from, where no logits are made: the model's head, or a part of it."""
+        if self._head is None or not isinstance(self.measure, SampledLoss):
+            return self._head
+        return self._head.sampled(*self.measure.draw(self._probabilities(self._head)))
+
+    @torch.no_grad()
+    def _probabilities(self, head: Head) -> Tensor:
+        """What the whole model thinks of each token, added up over all that is to be predicted: [vocabulary]."""
+        parts = {batch: part.to(self.model.device) for batch, part in enumerate(self._parts)}
+        found = torch.zeros(len(head.linear.weight), dtype=torch.float64, device=head.linear.weight.device)
+        with evaluating(self.model):
+            for some in [parts] if self.memory is not None else [{batch: parts[batch]} for batch in parts]:
+                with Spill[Node](self.memory) as states:
+                    take = self._tree.walk({batch: ([DENSE], part.inputs) for batch, part in some.items()}, states)
+                    self.moved += Traffic(read=self._read_bytes, spilled=states.ledger.spilled, held=states.ledger.most)
+                    for batch, part in some.items():
+                        state = take(batch, DENSE)
+                        for at in positions_of(part).split(max(1, HEAD_POSITIONS // len(part.targets))):
+                            with head.left_out(self.model):
+                                given = self._tree.outputs(state, part.inputs, at)
+                            found += head.probabilities(marked(given, part.targets[:, at] != IGNORED))
+        return found
 
     def losses(self, asked: Mapping[int, Sequence[Mask]]) -> Iterator[Found]:
         if self.memory is None or self.fallback:
@@ -111,17 +150,33 @@ class ModelObjective(BatchByBatch):
         """What evaluating `masks` on one micro-batch costs, counted: shared prefixes once, if the tree is used."""
         part = self._parts[batch]
         alone = [[mask] for mask in masks]
-        heads = part.targets.shape[0] * len(_positions(part)) * len(set(masks))
+        heads = math.ceil(part.targets.shape[0] * len(positions_of(part)) * self._share) * len(set(masks))
         groups = alone if self.fallback else [list(masks)]
         if self.measure.compares:
-            heads += part.targets.shape[0] * len(_positions(part)) * (1 if self.fallback else -(-len(masks) // HEADS))
+            heads += part.targets.shape[0] * len(positions_of(part)) * (1 if self.fallback else -(-len(masks) // HEADS))
             groups = [*alone, [DENSE]] if self.fallback else [[*masks, DENSE]]
         total = Work(head_tokens=heads)
         for stack, each in zip(self.anatomy.stacks, self._per_token(groups), strict=True):
-            tokens = _tokens(stack, part.inputs)
+            tokens = tokens_of(stack, part.inputs)
             mixing, mlp = each.attention_tokens * tokens, each.mlp_tokens * tokens
             total += Work(attention_tokens=mixing, mlp_tokens=mlp)
         return total
+
+    def drawing(self) -> tuple[Work, Traffic]:
+        """What it costs to draw a part of the vocabulary, where losses come from one: a pass with the head twice."""
+        if not self.samples:
+            return Work(), Traffic()
+        heads = sum(len(part.targets) * len(positions_of(part)) for part in self._parts)
+        once = sum((self.work([DENSE], batch) for batch in range(self.batches)), Work())
+        moved = self.traffic({batch: [DENSE] for batch in range(self.batches)})
+        return once.model_copy(update={"head_tokens": 2 * heads}), moved
+
+    @property
+    def _share(self) -> float:
+        """Of the head's work that a loss takes."""
+        if self._head is None or not isinstance(self.measure, SampledLoss):
+            return 1.0
+        return min(1.0, self.measure.vocabulary / len(self._head.linear.weight))
 
     def _per_token(self, groups: Sequence[Sequence[Mask]]) -> list[Work]:
         """The blocks that one token passes in each stack; kept, for the micro-batches of a sweep ask the same."""
@@ -141,7 +196,7 @@ class ModelObjective(BatchByBatch):
             return Traffic(read=self._read_bytes * passes)
         first, (stack,) = [DENSE] if self.measure.compares else [], self.anatomy.stacks
         sized = {
-            b: ([*first, *masks], self._state_bytes * _tokens(stack, self._parts[b].inputs))
+            b: ([*first, *masks], self._state_bytes * tokens_of(stack, self._parts[b].inputs))
             for b, masks in asked.items()
         }
         if self.memory is None:  # one micro-batch after the other
@@ -160,8 +215,11 @@ class ModelObjective(BatchByBatch):
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights that stay in memory: where they are streamed, of what is in no layer."""
-        return sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers())) - self._read_bytes
+        """Of the weights that stay in memory: where they are streamed, of what is in no layer; and of a part of the
+        head that is copied."""
+        whole = sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers())) - self._read_bytes
+        head = self._head.linear.weight.nbytes if self._head and self.samples else 0
+        return whole + math.ceil(head * self._share)
 
     @property
     def _lent_bytes(self) -> int:
@@ -187,9 +245,9 @@ class ModelObjective(BatchByBatch):
     def _rates(self) -> tuple[float, float]:
         """Seconds per block-token and per head-token."""
         part = self._parts[0].to(self.model.device)
-        heads = len(part.targets) * len(_positions(part))
+        heads = len(part.targets) * len(positions_of(part))
         blocks = sum(
-            len(layer.parts) * _tokens(stack, part.inputs) for stack in self.anatomy.stacks for layer in stack.layers
+            len(layer.parts) * tokens_of(stack, part.inputs) for stack in self.anatomy.stacks for layer in stack.layers
         )
         start = time.perf_counter()
         if self.fallback:
@@ -198,14 +256,14 @@ class ModelObjective(BatchByBatch):
             return rate, rate
         (state,) = self._tree.final_states([DENSE], part.inputs).values()
         middle = time.perf_counter()
-        self._sums({DENSE: state}, None if not self.measure.compares else state, part)
+        self._sums({DENSE: state}, None if not self.measure.compares else state, part, self._head)
         return (middle - start) / max(1, blocks), (time.perf_counter() - middle) / max(1, heads)
 
     def _rows_of_tree(
         self, asked: Mapping[int, Sequence[Mask]], parts: Mapping[int, Examples]
     ) -> Iterator[tuple[int, Mask, tuple[Tensor, list[int]]]]:
         """Per micro-batch and mask, in order, the sums and numbers of `_sums`."""
-        compares = self.measure.compares
+        compares, losing = self.measure.compares, self._losing
         first = [DENSE] if compares else []
         wanted = {batch: ([*first, *masks], parts[batch].inputs) for batch, masks in asked.items()}
         step = HEADS if compares else 1
@@ -219,18 +277,20 @@ class ModelObjective(BatchByBatch):
                         mask: take(batch, mask) if whole is None or mask != DENSE else whole
                         for mask in masks[start : start + step]
                     }
-                    for mask, rows in zip(group, self._sums(group, whole, parts[batch]), strict=True):
+                    for mask, rows in zip(group, self._sums(group, whole, parts[batch], losing), strict=True):
                         yield batch, mask, rows
 
     @torch.no_grad()
-    def _sums(self, states: dict[Mask, Tensor], whole: Tensor | None, part: Examples) -> list[tuple[Tensor, list[int]]]:
+    def _sums(
+        self, states: dict[Mask, Tensor], whole: Tensor | None, part: Examples, losing: Head | None
+    ) -> list[tuple[Tensor, list[int]]]:
         """Per mask the sum and the number of the values in each row, some positions at a time."""
-        positions = _positions(part)
-        sums = {mask: _Sums(self.measure, part, self.segment, self._head) for mask in states}
+        positions = positions_of(part)
+        sums = {mask: Sums(self.measure, part, self.segment, losing) for mask in states}
         for at in positions.split(max(1, HEAD_POSITIONS // len(part.targets))):
             beside = None if whole is None else self._tree.outputs(whole, part.inputs, at)
             for mask, state in states.items():
-                with contextlib.nullcontext() if self._head is None else self._head.left_out(self.model):
+                with contextlib.nullcontext() if losing is None else losing.left_out(self.model):
                     found = self._tree.outputs(state, part.inputs, at)
                 sums[mask].add(found, beside, at)
         return [each.done() for each in sums.values()]
@@ -242,8 +302,8 @@ class ModelObjective(BatchByBatch):
         for row in part.rows():
             beside = self._pass(DENSE, row) if self.measure.compares else None
             for mask in masks:
-                sums = _Sums(self.measure, row, self.segment)
-                sums.add(self._pass(mask, row), beside, _positions(row))
+                sums = Sums(self.measure, row, self.segment)
+                sums.add(self._pass(mask, row), beside, positions_of(row))
                 found[mask].append(sums.done())
         for rows in found.values():
             yield torch.cat([sums for sums, _ in rows]), [count for _, counts in rows for count in counts]
@@ -251,7 +311,7 @@ class ModelObjective(BatchByBatch):
     def _pass(self, mask: Mask, part: Examples) -> Tensor:
         self.moved += Traffic(read=self._read_bytes)
         with self._without(mask):
-            return output_of(self.model(**part.inputs, **self._extra))[:, _positions(part)]
+            return output_of(self.model(**part.inputs, **self._extra))[:, positions_of(part)]
 
     def _without(self, mask: Mask) -> AbstractContextManager[None]:
         """The model as plain forward passes see it without a mask, with what stands in its gaps."""
@@ -283,7 +343,7 @@ class ModelObjective(BatchByBatch):
         first = {part.block.kind: part.block for layer in reversed(stack.layers) for part in reversed(layer.parts)}
         masks: list[Mask] = [DENSE, *(frozenset([block]) for block in first.values())]
         last = self.model.get_submodule(stack.layers[-1].path)
-        positions = _positions(row)[:PROBE_POSITIONS]
+        positions = positions_of(row)[:PROBE_POSITIONS]
         for mask, state in self._tree.final_states(masks, row.inputs).items():
             with self._without(mask):
                 plain, output = self._final(last, row.inputs)
@@ -313,56 +373,3 @@ class ModelObjective(BatchByBatch):
         if not states or states[-1] is None:
             raise InputError(f"{type(self.model).__name__} does not call its last layer", fix="report the model's type")
         return states[-1], output
-
-
-class _Sums:
-    """Adds up the values of a measure, row by row and segment by segment, over chunks of positions."""
-
-    def __init__(self, measure: Measure, part: Examples, segment: int, head: Head | None = None) -> None:
-        self._measure, self._targets, self._segment, self._head = measure, part.targets, segment, head
-        rows, positions = part.targets.shape
-        self._sums = torch.zeros(rows, -(-positions // segment), dtype=torch.float64)
-        self._pooled: list[Tensor] = []
-
-    def add(self, found: Tensor, whole: Tensor | None, positions: Tensor) -> None:
-        """found, whole: outputs [rows, positions, ...]; with a head, what is found are states before it."""
-        if self._measure.of == "states":
-            sides = (found, found if whole is None else whole)
-            more = [side.float().sum(dim=1) for side in sides]
-            self._pooled = [a + b for a, b in zip(self._pooled, more, strict=True)] if self._pooled else more
-            return
-        targets = self._targets[:, positions]
-        asked = targets != IGNORED
-        beside = None if whole is None else _marked(whole, asked)
-        given, wanted = _marked(found, asked), _marked(targets, asked)
-        values = self._head.token_losses(given, wanted) if self._head else self._measure.each(given, beside, wanted)
-        row, place = (index.cpu() for index in asked.nonzero(as_tuple=True))
-        segments = positions.cpu()[place] // self._segment
-        self._sums.index_put_((row, segments), values.cpu().double(), accumulate=True)
-
-    def done(self) -> tuple[Tensor, list[int]]:
-        """The sums [rows, segments], times the number of segments, and for each how many values its row has."""
-        if self._measure.of == "states":
-            found, whole = self._pooled
-            return self._measure.each(found, whole, self._targets).cpu().double(), [1] * len(found)
-        segments = self._sums.shape[1]
-        counts = (self._targets != IGNORED).sum(dim=1).repeat_interleave(segments)
-        return self._sums * segments, counts.tolist()
-
-
-def _marked(values: Tensor, asked: Tensor) -> Tensor:
-    """The rows [n, ...] of `values` at the places in `asked`; all of them without a copy, for logits are large."""
-    return values.flatten(0, 1) if bool(asked.all()) else values[asked]
-
-
-def _positions(part: Examples) -> Tensor:
-    """Positions of the output that count for some row; all of them where states are compared."""
-    if part.question == "states":
-        return torch.arange(part.targets.shape[1], device=part.targets.device)
-    return (part.targets != IGNORED).any(dim=0).nonzero()[:, 0]
-
-
-def _tokens(stack: Stack, inputs: Inputs) -> int:
-    """Tokens that the layers of this stack see: the decoder's where there is a decoder, else those of the text."""
-    decodes = stack.name.startswith("decoder") and "decoder_input_ids" in inputs
-    return inputs["decoder_input_ids" if decodes else "input_ids"].numel()

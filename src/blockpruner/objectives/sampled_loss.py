@@ -1,0 +1,62 @@
+"""Language-modelling loss over a part of the vocabulary, for models whose head costs more than their blocks."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from blockpruner.errors import InputError
+from blockpruner.objectives.loss import Loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EVEN = 0.1  # of the draw goes to all tokens alike: what is lost on tokens that the whole model never thinks of
+
+
+@dataclass(frozen=True)
+class SampledLoss(Loss):
+    """The loss with the sum over the vocabulary estimated from `vocabulary` of its tokens, drawn once for a whole run.
+
+    loss[p] = log(sum over drawn v of exp(z[p, v]) / pi[v]) - z[p, target[p]], pi[v] the chance that v is drawn: in
+    proportion to q[v] = (1 - EVEN) mean over p of p(v | p) + EVEN / V by the whole model on the same text, at most 1.
+    The frequent tokens are thus all there. The sum is unbiased (Horvitz-Thompson), its logarithm a little too low, the
+    more so the farther a model is from the whole one; all masks have the same tokens, so that what they err by is much
+    the same for masks that compete. A plan's losses are such estimates; `experiments/LOG.md` says how far they are off.
+
+    vocabulary: tokens that are drawn; all where there are no more. seed: of the draw.
+    Cost: the head's work is vocabulary / V of what it was, after one pass of the whole model, its head twice, for q.
+    InputError where something stands behind the head, as a soft cap does, or the model has several stacks.
+    """
+
+    vocabulary: int = 16384
+    seed: int = 0
+
+    title: ClassVar[str] = "Language-modelling loss, the sum over the vocabulary estimated from a part of it"
+    source: ClassVar[str] = "Bengio and Senecal 2008, IEEE Trans. Neural Networks 19(4); the draw: Rosen 1997, JSPI 62"
+
+    def __post_init__(self) -> None:
+        if self.vocabulary < 1:
+            raise InputError(f"a loss over {self.vocabulary} tokens is none", fix="write sampled-loss:vocabulary=16384")
+
+    def draw(self, probabilities: "Tensor") -> "tuple[Tensor, Tensor]":
+        """Tokens and their chances, both [vocabulary], from what the whole model thinks of each, [V].
+
+        Pareto sampling: those with the least odds of u[v] against pi[v], u uniform in (0, 1). It draws as many as were
+        asked for, and to change q a little changes few of them, so that another machine draws nearly the same.
+        """
+        import torch
+
+        share = probabilities.double().cpu() / probabilities.sum().cpu()
+        chances = self._chances((1 - EVEN) * share + EVEN / len(share))
+        uniform = torch.rand(len(share), generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        odds = uniform / (1 - uniform) * (1 - chances) / chances
+        tokens = odds.argsort(stable=True)[: self.vocabulary].sort().values
+        return tokens, chances[tokens]
+
+    def _chances(self, q: "Tensor") -> "Tensor":
+        """min(1, c q) with c so that they add up to `vocabulary`."""
+        chances = q * self.vocabulary / q.sum()
+        while bool((chances > 1).any()):
+            certain = chances >= 1
+            left = self.vocabulary - int(certain.sum())
+            chances = (q * left / q[~certain].sum()).masked_fill(certain, 1.0)
+        return chances
