@@ -161,6 +161,34 @@ def test_it_goes_on_from_what_stands_in_the_gaps():
     assert missing(bench, repair, bench.examples) < missing(bench, start, bench.examples)
 
 
+@pytest.mark.parametrize("name", ["causal/llama", "causal/gemma3_text", "seq2seq/t5"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_maps_behind_a_block_that_was_fitted_anew_are_those_that_its_stream_asks_for(name, rank):
+    _, anatomy = made(name)
+    early, late = first(anatomy), first(anatomy, 3)
+    bench = bench_of(name, f"{early}+{late}")
+    mapped, _ = parse_recovery(f"linear:target=dense,rank={rank},ridge=0.001").repair(bench)
+    repair, records = refit(replace(bench, start=mapped), "refit:ridge=0.001")
+    place, other = (next(p for p in mapped.replacements if anatomy.parts[b].path == p) for b in blocks(late, early))
+    (record,) = [each for each in records if each.place == place]
+    assert (record.removed, record.added_parameters) == (late, 0)
+    assert record.applied, record
+    assert record.error < 1
+    assert repair.replacements[other] is mapped.replacements[other]  # nothing changed before it
+    assert repair.replacements[place].spec == mapped.replacements[place].spec
+    left = {path: each for path, each in repair.replacements.items() if path != place}
+    form = "stream" if mapped.replacements[place].norm == "none" else "input"
+    again, _ = parse_recovery(f"linear:target=dense,rank={rank},ridge=0.001,regressor={form}").repair(
+        replace(bench, start=replace(repair, replacements=left))
+    )
+    for one, two in zip(again.replacements[place].parameters(), repair.replacements[place].parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
+def blocks(*names):
+    return [block for name in names for block in parse_mask(name)]
+
+
 def test_what_is_fitted_anew_is_not_added_once_more_by_what_follows():
     bench = bench_of("causal/llama", "mlp.1", force=True)
     start, _ = refit(bench)

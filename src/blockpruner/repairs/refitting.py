@@ -16,9 +16,10 @@ that.
 
 The ridge is the one that leaves least missing on held-out text as the layer then computes it, its norm with it.
 Blocks are fitted in the order of depth, each on the model as it is with those before it, so that what one leaves is the
-next one's to do. Cost per token: about two forward passes of the dense model, three to four of the pruned one, and
-inputs^2 + inputs * outputs multiply-adds per block; where layers cannot be led through one by one (`side_by_side`), two
-passes for every block. Memory: see `side_by_side`, and the sums of one projection.
+next one's to do. Linear maps that an earlier method put into gaps are fitted anew in their turn, for what reaches them
+is another stream by then. Cost per token: about two forward passes of the dense model, three to four of the pruned one,
+and inputs^2 + inputs * outputs multiply-adds per block; where layers cannot be led through one by one (`side_by_side`),
+two passes for every block. Memory: see `side_by_side`, and the sums of one projection.
 """
 
 from collections.abc import Iterable
@@ -32,14 +33,23 @@ from blockpruner.anatomy.parts import Layer, Part
 from blockpruner.anatomy.probing import recorded
 from blockpruner.blocks import format_mask
 from blockpruner.errors import InputError, UnsupportedModelError
-from blockpruner.repairs.closed_form import WORSE, Ridge, left_alone, ridges
+from blockpruner.repairs.closed_form import (
+    WORSE,
+    ClosedForm,
+    Ridge,
+    fitted_at,
+    left_alone,
+    record_of,
+    replacement,
+    ridges,
+)
 from blockpruner.repairs.folding import Projection, projection
 from blockpruner.repairs.normal_equations import LinearMap, NormalEquations, ridge_map
 from blockpruner.repairs.recovery import Bench, GapRecord
 from blockpruner.repairs.side_by_side import Walk, side_by_side
 from blockpruner.repairs.updates import behind, flat, tensor_of, token_weights
 from blockpruner.searching.contract import DENSE
-from blockpruner.surgery.gaps import UNREPAIRED, Repair
+from blockpruner.surgery.gaps import UNREPAIRED, Gap, Repair, device_of, gaps
 from blockpruner.texts.examples import Examples
 
 ROUNDS = 20  # of finding gain and scale, each from the other
@@ -58,12 +68,19 @@ def refit_kept(bench: Bench, ridge: Ridge, sinks: float) -> tuple[Repair, tuple[
     repair, records = bench.start, list[GapRecord]()
     with side_by_side(bench, dense=True) as walk:
         parts = [(layer, part) for layer in walk.layers for part in layer.parts]
+        places = {gap.layer.parts[0].block if gap.part is None else gap.part.block: gap for gap in maps_in(bench)}
         first = next((n for n, (_, part) in enumerate(parts) if part.block in bench.mask), len(parts))
         for number, (layer, part) in enumerate(parts):
             bench.report(number, len(parts), f"fitting {part.block}")
-            if number < first or part.block in bench.mask:
+            gap = places.get(part.block)
+            if number < first or (part.block in bench.mask and gap is None):
                 continue
             walk.lead_to(layer, repair)
+            if gap is not None:
+                if repair.weights is not bench.start.weights:  # else it stands as it was fitted
+                    repair, record = _refilled(walk, gap, repair, ridge, sinks)
+                    records.append(record)
+                continue
             after = parts[number + 1][1].block if number + 1 < len(parts) else None
             repair, record = _refitted(walk, layer, part, repair, ridge, sinks, gap_follows=after in bench.mask)
             records.append(record)
@@ -103,6 +120,47 @@ def _refitted(
     return (made, record) if error < 1 else (repair, record.model_copy(update={"reason": WORSE}))
 
 
+def maps_in(bench: Bench) -> list[Gap]:
+    """The gaps in which a linear map stands by now, for what was in them and no more."""
+    held = bench.start.replacements
+    return [
+        gap
+        for gap in gaps(bench.anatomy, bench.mask)
+        if gap.path in held and gap.path not in bench.start.spans and held[gap.path].kind == "linear"
+    ]
+
+
+def _refilled(walk: Walk, gap: Gap, repair: Repair, ridge: Ridge, sinks: float) -> tuple[Repair, GapRecord]:
+    """The repair with a new map of the same form in a gap, if held-out text is better off with it than with the old."""
+    old = repair.replacements[gap.path]
+    form = ClosedForm("stream" if old.norm == "none" else "input", old.rank, ridge, sinks, target="dense")
+    empty = replace(repair, replacements={path: r for path, r in repair.replacements.items() if path != gap.path})
+    try:
+        fitted = fitted_at(walk, gap, form, empty)
+    except InputError as error:
+        return repair, left_alone(str(gap), gap.path, error.what)
+    new = replacement(fitted, device_of(walk.bench.model, gap), walk.bench.model.dtype)
+    made = replace(repair, replacements={**repair.replacements, gap.path: new})
+    later = () if gap.part is None else gap.layer.parts[gap.layer.parts.index(gap.part) + 1 :]
+    before, after = (missing(walk, gap.layer, later, each, sinks) for each in (repair, made))
+    error = after / before if before else 1.0
+    record = record_of(str(gap), gap.path, form, fitted)
+    record = record.model_copy(update={"added_parameters": 0, "error": error, "applied": error < 1})
+    return (made, record) if error < 1 else (repair, record.model_copy(update={"reason": WORSE}))
+
+
+def missing(walk: Walk, layer: Layer, silent: Iterable[Part], repair: Repair, sinks: float) -> float:
+    """The sum of w |r|^2 / |z|^2 over the held-out tokens behind a layer without some of its blocks."""
+    total = 0.0
+    for batch in walk.held_out:
+        look, mask = behind(walk.bench.model, layer, silent), walk.bench.mask
+        wanted = walk.at(layer, batch, DENSE, UNREPAIRED, look).float()
+        stream = walk.at(layer, batch, mask, repair, look).float()
+        apart = flat(wanted - stream).square().sum(-1) / flat(wanted).square().sum(-1)
+        total += float((apart * token_weights(stream, walk.axes.get(layer.path, 1), sinks)).sum())
+    return total
+
+
 @dataclass
 class _Look:
     """What the last projection of a block is given, and what is missing behind the block, token by token.
@@ -125,13 +183,8 @@ class _Look:
         return NormalEquations.of(map(self._tokens, self.walk.fit))
 
     def missing(self, repair: Repair) -> float:
-        """The sum of w |r|^2 / |z|^2 over the held-out tokens, with this repair as it is."""
-        total = 0.0
-        for batch in self.walk.held_out:
-            wanted, stream = self._stream(batch, self._later, dense=True), self._stream(batch, self._later, repair)
-            apart = flat(wanted - stream).square().sum(-1) / flat(wanted).square().sum(-1)
-            total += float((apart * self._weights(stream)).sum())
-        return total
+        """What is missing behind the block on held-out text, with this repair as it is."""
+        return missing(self.walk, self.layer, self._later, repair, self.sinks)
 
     def _tokens(self, batch: Examples) -> tuple[Tensor, Tensor, Tensor]:
         """h [tokens, inputs], what is missing beside the scale [tokens, outputs], and the weights [tokens]."""
@@ -157,11 +210,9 @@ class _Look:
     def _weights(self, stream: Tensor) -> Tensor:
         return token_weights(stream, self.walk.axes.get(self.layer.path, 1), self.sinks)
 
-    def _stream(
-        self, batch: Examples, silent: Iterable[Part], repair: Repair | None = None, dense: bool = False
-    ) -> Tensor:
+    def _stream(self, batch: Examples, silent: Iterable[Part], dense: bool = False) -> Tensor:
         """Behind the layer, without what some of its blocks add, in float32."""
-        mask, made = (DENSE, UNREPAIRED) if dense else (self.walk.bench.mask, repair or self.repair)
+        mask, made = (DENSE, UNREPAIRED) if dense else (self.walk.bench.mask, self.repair)
         return self.walk.at(self.layer, batch, mask, made, behind(self.model, self.layer, silent)).float()
 
     @property
