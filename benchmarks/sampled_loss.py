@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--sizes", default="4096,16384,65536")
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--json", type=Path, help="where the figures go, besides standard output")
     options = parser.parse_args()
     begun, sizes = commit(), list(map(int, options.sizes.split(",")))

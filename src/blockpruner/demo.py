@@ -44,7 +44,13 @@ def run_demo(folder: Path, dtype: str) -> None:
     say("loading Gemma 3 270M (Gemma terms of use apply); the first time it is unpacked, which takes a minute")
     subject = open_subject(load("demo", dtype=dtype))
     task = prepare(
-        subject, target=f"blocks={BLOCKS}", calibration=CALIBRATION, tokens=SEARCH_TOKENS, window=WINDOW, quiet=True
+        subject,
+        target=f"blocks={BLOCKS}",
+        calibration=CALIBRATION,
+        objective="sampled-loss",  # this model is two thirds head
+        tokens=SEARCH_TOKENS,
+        window=WINDOW,
+        quiet=True,
     )
     held_back = load_calibration(HELD_BACK, subject.tokenizer, window=WINDOW, tokens=EVALUATION_TOKENS, quiet=True)
     price = quote(task)
