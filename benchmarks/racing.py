@@ -73,7 +73,11 @@ def begun(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     kept = read(options.json).get("racing", {})
     if settings.items() <= kept.items():
         return kept
-    earlier = {"draws": {}, "reference": None, **{key: kept[key] for key in KEPT if key in kept}}
+    same = kept.get("model") == settings["model"] and {**kept["settings"], "objective": ""} == {
+        **settings["settings"],
+        "objective": "",
+    }
+    earlier = {"reference": None, **{key: kept[key] for key in KEPT if same and key in kept}}
     return {
         "command": 'python benchmarks/racing.py --reference --data "$BLOCKPRUNER_DATA" '
         "--json experiments/search_cost.json",
@@ -119,7 +123,7 @@ def searched(subject: Subject, options: argparse.Namespace, draw: int, search: s
     named = search if objective == "loss" else f"{search}-{objective.replace(':', '-')}"
     plan = find_plan(task, options.runs / f"{named}-{draw}", Progress(), crew=crew)
     assert plan.work is not None
-    work = plan.work + task.objective.drawing()[0]
+    work = plan.work
     whole = task.data.objective(subject, Loss())
     final = Evaluations(whole).losses([plan.mask()], "measuring")[plan.mask()]
     return {

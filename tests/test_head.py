@@ -13,7 +13,9 @@ from blockpruner.blocks import parse_mask
 from blockpruner.engine import head
 from blockpruner.engine.head import Head, proved_head
 from blockpruner.engine.objective import ModelObjective
+from blockpruner.errors import InputError
 from blockpruner.metrics import token_losses
+from blockpruner.objectives import parse_objective
 from blockpruner.objectives.kl import KL
 from blockpruner.objectives.loss import Loss
 from blockpruner.objectives.sampled_loss import EVEN, SampledLoss
@@ -110,6 +112,7 @@ def test_probabilities_are_added_up_over_states(monkeypatch, dtype, bias):
     for at_once in (1, 16 * len(states), 2**18):
         monkeypatch.setitem(head._AT_ONCE, "cpu", at_once)
         found = Head("lm_head", linear).probabilities(states)
+        assert found.device.type == "cpu"  # where there is float64: MPS has none
         torch.testing.assert_close(found, expected, rtol=1e-4 if dtype == torch.float32 else 0.1, atol=1e-6)
 
 
@@ -118,16 +121,25 @@ def test_probabilities_are_added_up_over_states(monkeypatch, dtype, bias):
 def test_losses_of_a_sampled_head_weigh_its_tokens_and_know_every_target(monkeypatch, dtype, bias):
     linear, states, targets = planted(dtype=dtype, bias=bias)
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randperm(len(linear.weight), generator=generator)[:30]
+    tokens = torch.randperm(len(linear.weight), generator=generator)[:30].sort().values
     chances = torch.rand(30, generator=generator, dtype=torch.float64) * 0.9 + 0.1
     logits = linear(states).float()
-    sums = (logits[:, tokens] - chances.log()[None]).logsumexp(-1).float()
-    expected = sums - logits.gather(1, targets[:, None])[:, 0]
+    weighed, right = logits[:, tokens] - chances.log()[None], logits.gather(1, targets[:, None])[:, 0]
+    weighed[tokens[None] == targets[:, None]] = -torch.inf  # a target stands for itself
+    expected = torch.logaddexp(weighed.logsumexp(-1).float(), right) - right
+    assert 0 < int(torch.isin(targets, tokens).sum()) < len(targets)
     for at_once in (1, 16 * len(states), 2**18):
         monkeypatch.setitem(head._AT_ONCE, "cpu", at_once)
         found = Head("lm_head", linear).sampled(tokens, chances).token_losses(states, targets)
         slack = 1e-4 if dtype == torch.float32 else 0.3  # the target's logit is rounded once more or less
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=slack)
+        assert float(found.min()) >= 0
+
+
+def test_a_target_that_alone_was_drawn_has_no_loss():
+    linear, states, targets = planted(positions=1)
+    found = Head("lm_head", linear).sampled(targets, torch.tensor([0.3])).token_losses(states, targets)
+    assert found.tolist() == [0.0]
 
 
 def test_chances_of_a_draw_are_in_proportion_at_most_one_and_add_up():
@@ -175,3 +187,16 @@ def test_a_draw_hardly_changes_with_the_last_digits_of_what_it_goes_by():
     first, other = (set(SampledLoss(500).draw(each)[0].tolist()) for each in (share, share * noise))
     assert len(first - other) <= 2
     assert first != set(SampledLoss(500, seed=1).draw(share)[0].tolist())
+
+
+@pytest.mark.parametrize("wrong", ["vocabulary=0", f"seed={10**23}", "seed=-1"])
+def test_a_draw_that_cannot_be_is_refused(wrong):
+    with pytest.raises(InputError, match="no loss has"):
+        parse_objective(f"sampled-loss:{wrong}")
+
+
+def test_heads_with_a_bias_are_known_in_half_precision():
+    model, ids = zoo.build("causal/phi").to(torch.bfloat16), token_ids()
+    assert model.lm_head.bias is not None
+    with torch.no_grad():
+        assert proved_head(model, lambda: model(input_ids=ids).logits, ids) is not None

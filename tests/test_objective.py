@@ -358,8 +358,9 @@ def test_a_loss_over_a_part_of_the_vocabulary_goes_by_what_the_whole_model_think
     for mask, losses in all_losses(found, MASKS).items():
         with skipped(model, mask, anatomy=found.anatomy), torch.no_grad():
             logits = model(input_ids=windows, use_cache=False).logits[:, :-1].float()
-        sums = (logits[..., tokens] - chances.log()).logsumexp(-1)
         right = logits.gather(2, windows[:, 1:, None])[..., 0]
+        others = (logits[..., tokens] - chances.log()).masked_fill(tokens == windows[:, 1:, None], -torch.inf)
+        sums = torch.logaddexp(others.logsumexp(-1).float(), right)
         assert losses == pytest.approx((sums - right).mean(1).tolist(), abs=2e-5)
 
 
@@ -377,6 +378,14 @@ def test_a_part_of_the_vocabulary_costs_its_share_of_the_head_and_a_pass_to_draw
     draw, _ = found.drawing()
     assert draw == once.model_copy(update={"head_tokens": 2 * once.head_tokens})
     assert whole.drawing()[0] == Work()
+    assert found.whole_pass() == whole.whole_pass() == once
+
+
+def test_what_was_drawn_is_known_by_a_digest_that_other_draws_do_not_have():
+    windows = token_ids(5, 12)
+    one, same, other = (sampled("llama", 40, windows, seed) for seed in (0, 0, 1))
+    assert one.drawn == same.drawn != other.drawn
+    assert one.drawn.startswith("40 tokens, ")
 
 
 @pytest.mark.parametrize("family", ["gemma2", "t5"])

@@ -13,7 +13,7 @@ from blockpruner.loading.models import load
 from blockpruner.loading.streaming import load_streamed
 from blockpruner.objectives.kl import KL
 from blockpruner.objectives.loss import Loss
-from blockpruner.planning import prepare
+from blockpruner.planning import find_plan, prepare
 from blockpruner.price import Receipt, quote, search_for
 from blockpruner.searching.contract import DENSE, Stop
 from blockpruner.subject import open_subject
@@ -100,6 +100,27 @@ def test_the_receipt_holds_what_was_said_and_what_was_spent(task, tmp_path, sear
     _, killed = search_for(task(streamed, search=search), said, tmp_path)
     assert killed.resumed
     assert (killed.spent.traffic, killed.spent.work) == (Traffic(), plan.work)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_draw_of_a_vocabulary_is_in_price_receipt_and_plan_and_a_run_goes_on_with_it(task, tmp_path, streamed):
+    job = task(streamed, search="exhaustive", objective="sampled-loss:vocabulary=40")
+    whole = task(streamed, search="exhaustive")
+    draw, moved = job.objective.drawing()
+    assert draw.head_tokens == 2 * whole.objective.whole_pass().head_tokens
+    said = quote(job)
+    plan, receipt = search_for(job, said, tmp_path)
+    assert plan.work is not None
+    assert receipt.spent.work == plan.work
+    assert plan.work.head_tokens == said.work.head_tokens  # each candidate, each token
+    assert plan.work.head_tokens < quote(whole).work.head_tokens
+    assert receipt.spent.traffic.read == said.traffic.read >= moved.read
+    header = (tmp_path / "journal.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    assert job.objective.drawn in header
+    again = find_plan(task(streamed, search="exhaustive", objective="sampled-loss:vocabulary=40"), tmp_path)
+    assert again == plan
+    assert plan.steps[0].loss is not None
+    assert plan.steps[0].loss.unit == "nats per token, estimated"
 
 
 def test_a_streamed_model_holds_its_layers_nowhere(task):

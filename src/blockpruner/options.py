@@ -27,7 +27,9 @@ Memory = Annotated[
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights from pickles, which can run code.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Source = "Hub data set, .txt/.jsonl/.parquet file, alpaca, wikitext2 or builtin; part of one: FILE.jsonl[0:200]."
-Objective = Annotated[str, typer.Option(help="loss, kl, js, logits, embedding or accuracy; `list` says more.")]
+Objective = Annotated[
+    str, typer.Option(help="loss, sampled-loss, kl, js, logits, embedding or accuracy; `list` says more.")
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that share the losses, each with the model; 0: none.")]
 Cluster = Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="Where workers are: host:port, or auto.")]
 Protect = Annotated[str, typer.Option(help="Layers never touched: 0,1,-1; plus: the first 4 and the last 2.")]

@@ -255,7 +255,7 @@ def find_plan(
             scorer=task.scorer(Notes(journal), progress),
         )
         plan = Plan.from_search(
-            result,
+            replace(result, work=result.work + task.objective.drawing()[0]),
             search=task.search,
             criterion=format_method(task.criterion, CRITERIA) if task.search.ranks else None,
             problem=task.problem,

@@ -56,7 +56,6 @@ def quote(task: Task) -> Price:
     """The price of a search, said before it starts. Cost: one timed pass over one micro-batch."""
     found, objective = task.rehearsed, task.objective
     passes = found.passes + (0 if task.replacing is None else task.replacing.passes(task.problem.moves(DENSE)))
-    once = sum((objective.work([DENSE], batch) for batch in range(objective.batches)), Work())
     draw, drawn = objective.drawing()
     work, moved = found.result.work + draw, found.moved + drawn
     return Price(
@@ -65,7 +64,7 @@ def quote(task: Task) -> Price:
         passes=passes,
         traffic=moved,
         memory=objective.held_bytes(moved),
-        seconds=objective.seconds(work) + passes * objective.seconds(once),
+        seconds=objective.seconds(work) + passes * objective.seconds(objective.whole_pass()),
     )
 
 
@@ -89,7 +88,7 @@ def search_for(
         plan = find_plan(task, run, progress, budget, crew)
     spent = Price(
         evaluations=plan.evaluations or 0,
-        work=(plan.work or Work()) + objective.drawing()[0],
+        work=plan.work or Work(),
         passes=said.passes if said.passes == 0 else None,
         traffic=objective.moved,
         memory=None if taken.peak is None else objective.weight_bytes + taken.peak,

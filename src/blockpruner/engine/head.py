@@ -36,7 +36,7 @@ class Head:
         """What `metrics.token_losses` finds of the logits of `states`, without those: nats, float32.
 
         loss[p] = logsumexp(z[p]) - z[p, target[p]], z = weight @ states[p] + bias in the dtype of the model, so that a
-        logit is rounded as in the model, but for a bias, which is added after that; sums in float32. states:
+        logit is rounded as in the model; sums in float32. states:
         [positions, width]; targets: [positions]. One pass over the weight. Memory: _AT_ONCE logits.
         """
         vocabulary = len(self.linear.weight)
@@ -52,7 +52,7 @@ class Head:
 
     @torch.no_grad()
     def probabilities(self, states: Tensor) -> Tensor:
-        """The probability of each token of the vocabulary, added up over `states`: [vocabulary], float64.
+        """The probability of each token of the vocabulary, added up over `states`: [vocabulary], float64, on the CPU.
 
         Two passes over the weight. Memory: _AT_ONCE logits.
         """
@@ -61,37 +61,48 @@ class Head:
         for logits in _logits(weight, bias, states, rows):
             sums.add(logits)
         whole = sums.value()
-        return torch.cat([(z - whole).exp_().sum(dim=1).double() for z in _logits(weight, bias, states, rows)])
+        return torch.cat([(z - whole).exp_().sum(dim=1).cpu().double() for z in _logits(weight, bias, states, rows)])
 
     def sampled(self, tokens: Tensor, chances: Tensor) -> "SampledHead":
         """The head of these tokens alone, each of which was drawn with its chance; holds a copy of their weights."""
         weight, bias = self.linear.weight, self.linear.bias
-        tokens = tokens.to(weight.device)
-        weights = -chances.log().float().to(weight.device)
+        tokens, weights = tokens.to(weight.device), -chances.log().float().to(weight.device)
         part = weight.detach()[tokens], None if bias is None else bias.detach()[tokens]
-        return SampledHead(self.path, self.linear, *part, weights)
+        return SampledHead(self.path, self.linear, tokens, *part, weights)
 
 
 @dataclass(frozen=True)
 class SampledHead(Head):
     """A head that knows the logits of some tokens, and of each target.
 
-    weight: [tokens, width]; bias: [tokens]; log_weights: [tokens], what each stands for: the logarithm of 1 / chance.
+    tokens: [n], in ascending order; weight: [n, width]; bias: [n]; all copies, for a model that does not change;
+    log_weights: [n], what each token stands for: the logarithm of 1 / chance.
     """
 
+    tokens: Tensor
     weight: Tensor
     bias: Tensor | None
     log_weights: Tensor
 
     @torch.no_grad()
     def token_losses(self, states: Tensor, targets: Tensor) -> Tensor:
-        """loss[p] = logsumexp over the tokens of (z[p] + log_weights) - z[p, target[p]]; else as the whole head's."""
+        """loss[p] = logsumexp(z[p, target[p]], all others of the tokens' z[p] + log_weights) - z[p, target[p]].
+
+        The target is known in any case and stands for itself alone, so that no loss is negative; else as the whole
+        head's.
+        """
         rows, sums = _rows(states, len(self.weight)), _LogSumExp(states)
+        places = torch.searchsorted(self.tokens, targets).clamp(max=len(self.tokens) - 1)
+        drawn = self.tokens[places] == targets
         for number, logits in enumerate(_logits(self.weight, self.bias, states, rows)):
-            sums.add(logits.add_(self.log_weights[number * rows : (number + 1) * rows, None]))
+            here = (drawn & (places // rows == number)).nonzero()[:, 0]
+            logits.add_(self.log_weights[number * rows : (number + 1) * rows, None])
+            logits[places[here] - number * rows, here] = -torch.inf
+            sums.add(logits)
         own, bias = self.linear.weight[targets], self.linear.bias
-        right = (states.to(own.dtype).float() * own.float()).sum(dim=1).to(own.dtype)
-        return sums.value() - (right if bias is None else right + bias[targets]).float()
+        right = (states.to(own.dtype).float() * own.float()).sum(dim=1)
+        right = (right if bias is None else right + bias[targets].float()).to(own.dtype).float()
+        return torch.logaddexp(sums.value(), right) - right
 
 
 def _rows(states: Tensor, vocabulary: int) -> int:
@@ -107,9 +118,11 @@ def _logits(weight: Tensor, bias: Tensor | None, states: Tensor, rows: int) -> I
     wide = torch.empty_like(found, dtype=torch.float32) if narrow else found
     for start in range(0, len(weight), rows):
         some = weight[start : start + rows]
-        logits = torch.mm(some, columns, out=found[: len(some)])
-        if bias is not None:
-            logits += bias[start : start + rows, None]
+        place = found[: len(some)]
+        if bias is None:
+            logits = torch.mm(some, columns, out=place)
+        else:
+            logits = torch.addmm(bias[start : start + rows, None], some, columns, out=place)
         yield wide[: len(some)].copy_(logits) if narrow else logits
 
 

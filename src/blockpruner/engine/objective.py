@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import logging
 import math
 import time
@@ -17,7 +18,7 @@ from blockpruner.anatomy.parts import Anatomy
 from blockpruner.anatomy.probing import evaluating, first_tensor, vocabulary_size, without_cache
 from blockpruner.artifacts import Traffic, Work
 from blockpruner.blocks import Mask
-from blockpruner.engine.head import Head, proved_head
+from blockpruner.engine.head import Head, SampledHead, proved_head
 from blockpruner.engine.limits import check_fits
 from blockpruner.engine.masktree import Inputs, MaskTree, Node, output_of, sweep_traffic, sweep_work
 from blockpruner.engine.spilling import Spill
@@ -110,7 +111,7 @@ class ModelObjective(BatchByBatch):
     def _probabilities(self, head: Head) -> Tensor:
         """What the whole model thinks of each token, added up over all that is to be predicted: [vocabulary]."""
         parts = {batch: part.to(self.model.device) for batch, part in enumerate(self._parts)}
-        found = torch.zeros(len(head.linear.weight), dtype=torch.float64, device=head.linear.weight.device)
+        found = torch.zeros(len(head.linear.weight), dtype=torch.float64)
         with evaluating(self.model):
             for some in [parts] if self.memory is not None else [{batch: parts[batch]} for batch in parts]:
                 with Spill[Node](self.memory) as states:
@@ -162,14 +163,28 @@ class ModelObjective(BatchByBatch):
             total += Work(attention_tokens=mixing, mlp_tokens=mlp)
         return total
 
+    def whole_pass(self, mask: Mask = DENSE) -> Work:
+        """One forward pass over all data with the whole head, whatever part of it losses take."""
+        once = sum((self.work([mask], batch) for batch in range(self.batches)), Work())
+        heads = sum(len(part.targets) * len(positions_of(part)) for part in self._parts)
+        return once.model_copy(update={"head_tokens": heads}) if self.samples else once
+
     def drawing(self) -> tuple[Work, Traffic]:
         """What it costs to draw a part of the vocabulary, where losses come from one: a pass with the head twice."""
         if not self.samples:
             return Work(), Traffic()
-        heads = sum(len(part.targets) * len(positions_of(part)) for part in self._parts)
-        once = sum((self.work([DENSE], batch) for batch in range(self.batches)), Work())
+        once = self.whole_pass()
         moved = self.traffic({batch: [DENSE] for batch in range(self.batches)})
-        return once.model_copy(update={"head_tokens": 2 * heads}), moved
+        return once + Work(head_tokens=once.head_tokens), moved
+
+    @property
+    def drawn(self) -> str:
+        """The tokens that losses come from, and their chances, by a digest. Cost: the draw, if it was not made yet."""
+        held = self._losing
+        assert isinstance(held, SampledHead)
+        told = hashlib.sha256(held.tokens.cpu().numpy().tobytes())
+        told.update(held.log_weights.cpu().numpy().tobytes())
+        return f"{len(held.tokens)} tokens, {told.hexdigest()[:16]}"
 
     @property
     def _share(self) -> float:
@@ -211,15 +226,13 @@ class ModelObjective(BatchByBatch):
         row, each = self.examples.targets.shape[1], vocabulary_size(self.model) * (4 + self.model.dtype.itemsize)
         positions = row if self.fallback else HEAD_POSITIONS
         logits = 0 if self._head or self.measure.of == "states" else positions * (1 + self.measure.compares) * each
-        return self.weight_bytes + self._lent_bytes + traffic.held + logits
+        copied = math.ceil(self._head.linear.weight.nbytes * self._share) if self._head and self.samples else 0
+        return self.weight_bytes + copied + self._lent_bytes + traffic.held + logits
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights that stay in memory: where they are streamed, of what is in no layer; and of a part of the
-        head that is copied."""
-        whole = sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers())) - self._read_bytes
-        head = self._head.linear.weight.nbytes if self._head and self.samples else 0
-        return whole + math.ceil(head * self._share)
+        """Of the weights that stay in memory: where they are streamed, of what is in no layer."""
+        return sum(value.nbytes for value in (*self.model.parameters(), *self.model.buffers())) - self._read_bytes
 
     @property
     def _lent_bytes(self) -> int:

@@ -16,11 +16,12 @@ EVEN = 0.1  # of the draw goes to all tokens alike: what is lost on tokens that 
 class SampledLoss(Loss):
     """The loss with the sum over the vocabulary estimated from `vocabulary` of its tokens, drawn once for a whole run.
 
-    loss[p] = log(sum over drawn v of exp(z[p, v]) / pi[v]) - z[p, target[p]], pi[v] the chance that v is drawn: in
-    proportion to q[v] = (1 - EVEN) mean over p of p(v | p) + EVEN / V by the whole model on the same text, at most 1.
-    The frequent tokens are thus all there. The sum is unbiased (Horvitz-Thompson), its logarithm a little too low, the
-    more so the farther a model is from the whole one; all masks have the same tokens, so that what they err by is much
-    the same for masks that compete. A plan's losses are such estimates; `experiments/LOG.md` says how far they are off.
+    loss[p] = log(exp z[p, t] + sum over other drawn v of exp(z[p, v]) / pi[v]) - z[p, t], t = target[p]. pi[v] is the
+    chance that v is drawn, in proportion to q[v] = (1 - EVEN) mean over p of p(v | p) + EVEN / V by the whole model on
+    the same text, and at most 1: the frequent tokens are all there. The sum is right on average (Horvitz-Thompson), its
+    logarithm a little low, the more so the farther a model is from the whole one; all masks have the same tokens, so
+    that what they err by is much the same for masks that compete. A plan's losses, and targets like loss=+0.1, go by
+    the estimate; what races promise holds for it. `experiments/LOG.md` says how far it is off.
 
     vocabulary: tokens that are drawn; all where there are no more. seed: of the draw.
     Cost: the head's work is vocabulary / V of what it was, after one pass of the whole model, its head twice, for q.
@@ -30,12 +31,16 @@ class SampledLoss(Loss):
     vocabulary: int = 16384
     seed: int = 0
 
+    unit: ClassVar[str] = "nats per token, estimated"
     title: ClassVar[str] = "Language-modelling loss, the sum over the vocabulary estimated from a part of it"
     source: ClassVar[str] = "Bengio and Senecal 2008, IEEE Trans. Neural Networks 19(4); the draw: Rosen 1997, JSPI 62"
 
     def __post_init__(self) -> None:
-        if self.vocabulary < 1:
-            raise InputError(f"a loss over {self.vocabulary} tokens is none", fix="write sampled-loss:vocabulary=16384")
+        if self.vocabulary < 1 or not 0 <= self.seed < 2**63:
+            raise InputError(
+                f"no loss has vocabulary={self.vocabulary} and seed={self.seed}",
+                fix="write sampled-loss:vocabulary=16384, and a seed of 0 to 2^63 - 1",
+            )
 
     def draw(self, probabilities: "Tensor") -> "tuple[Tensor, Tensor]":
         """Tokens and their chances, both [vocabulary], from what the whole model thinks of each, [V].
@@ -54,9 +59,10 @@ class SampledLoss(Loss):
 
     def _chances(self, q: "Tensor") -> "Tensor":
         """min(1, c q) with c so that they add up to `vocabulary`."""
-        chances = q * self.vocabulary / q.sum()
+        wanted = min(self.vocabulary, len(q))
+        chances = q * wanted / q.sum()
         while bool((chances > 1).any()):
             certain = chances >= 1
-            left = self.vocabulary - int(certain.sum())
+            left = wanted - int(certain.sum())
             chances = (q * left / q[~certain].sum()).masked_fill(certain, 1.0)
         return chances
