@@ -79,7 +79,7 @@ def begun(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     }
     earlier = {"reference": None, **{key: kept[key] for key in KEPT if same and key in kept}}
     return {
-        "command": 'python benchmarks/racing.py --reference --data "$BLOCKPRUNER_DATA" '
+        "command": 'python benchmarks/racing.py --draws 5 --reference --dtype float32 --data "$BLOCKPRUNER_DATA" '
         "--json experiments/search_cost.json",
         "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
         **settings,
