@@ -29,7 +29,7 @@ from blockpruner.loading.models import load
 from blockpruner.objectives.loss import Loss
 from blockpruner.planning import Task, find_plan, prepare
 from blockpruner.price import quote
-from blockpruner.searching.contract import DENSE
+from blockpruner.searching.contract import DENSE, Stop
 from blockpruner.searching.evaluations import Evaluations
 from blockpruner.subject import Subject, open_subject
 
@@ -122,6 +122,8 @@ def searched(subject: Subject, options: argparse.Namespace, draw: int, search: s
     crew = Crew(options.workers, "demo", dtype=options.dtype) if options.workers else None
     named = search if objective == "loss" else f"{search}-{objective.replace(':', '-')}"
     plan = find_plan(task, options.runs / f"{named}-{draw}", Progress(), crew=crew)
+    if plan.stop_reason != Stop.TARGET:  # a Ctrl-C: the same command goes on
+        raise KeyboardInterrupt
     assert plan.work is not None
     work = plan.work
     whole = task.data.objective(subject, Loss())
