@@ -73,17 +73,16 @@ def begun(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     kept = read(options.json).get("racing", {})
     if settings.items() <= kept.items():
         return kept
-    same = kept.get("model") == settings["model"] and {**kept["settings"], "objective": ""} == {
-        **settings["settings"],
-        "objective": "",
-    }
-    earlier = {"reference": None, **{key: kept[key] for key in KEPT if same and key in kept}}
+    same = settings["settings"] | {"objective": kept.get("settings", {}).get("objective")}
+    if not (settings | {"settings": same}).items() <= kept.items():
+        kept = {}
     return {
         "command": 'python benchmarks/racing.py --draws 5 --reference --dtype float32 --data "$BLOCKPRUNER_DATA" '
         "--json experiments/search_cost.json",
         "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
         **settings,
-        **earlier,
+        "reference": None,
+        **{key: kept[key] for key in KEPT if key in kept},
         "draws": {},
     }
 
@@ -125,7 +124,6 @@ def searched(subject: Subject, options: argparse.Namespace, draw: int, search: s
     if plan.stop_reason != Stop.TARGET:  # a Ctrl-C: the same command goes on
         raise KeyboardInterrupt
     assert plan.work is not None
-    work = plan.work
     whole = task.data.objective(subject, Loss())
     final = Evaluations(whole).losses([plan.mask()], "measuring")[plan.mask()]
     return {
@@ -139,9 +137,9 @@ def searched(subject: Subject, options: argparse.Namespace, draw: int, search: s
         "pieces": [statistics.fmean(s.n for s in step.scores.values() if s) for step in plan.steps],
         "loss": plan.steps[-1].loss.model_dump() if plan.steps[-1].loss else None,
         "final loss": final.model_dump() if final else None,
-        "work": work.model_dump(mode="json"),
-        "price": {"work": price.work.model_dump(mode="json"), "of the work": priced(task, price.work, work)},
-        "share of the published loop": shares(whole, work, published(whole, len(plan.steps))),
+        "work": plan.work.model_dump(mode="json"),
+        "price": {"work": price.work.model_dump(mode="json"), "of the work": priced(task, price.work, plan.work)},
+        "share of the published loop": shares(whole, plan.work, published(whole, len(plan.steps))),
     }
 
 

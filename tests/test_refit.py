@@ -10,7 +10,7 @@ from labs import SIGNS, made
 from transformers import AutoModelForCausalLM
 
 from blockpruner.anatomy.probing import recorded
-from blockpruner.blocks import parse_mask
+from blockpruner.blocks import Block, parse_mask
 from blockpruner.errors import InputError, UnsupportedModelError
 from blockpruner.recoveries import parse_recovery
 from blockpruner.recovering import recover
@@ -169,7 +169,7 @@ def test_maps_behind_a_block_that_was_fitted_anew_are_those_that_its_stream_asks
     bench = bench_of(name, f"{early}+{late}")
     mapped, _ = parse_recovery(f"linear:target=dense,rank={rank},ridge=0.001").repair(bench)
     repair, records = refit(replace(bench, start=mapped), "refit:ridge=0.001")
-    place, other = (next(p for p in mapped.replacements if anatomy.parts[b].path == p) for b in blocks(late, early))
+    place, other = (anatomy.parts[Block.parse(each)].path for each in (late, early))
     (record,) = [each for each in records if each.place == place]
     assert (record.removed, record.added_parameters) == (late, 0)
     assert record.applied, record
@@ -183,10 +183,6 @@ def test_maps_behind_a_block_that_was_fitted_anew_are_those_that_its_stream_asks
     )
     for one, two in zip(again.replacements[place].parameters(), repair.replacements[place].parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
-
-
-def blocks(*names):
-    return [block for name in names for block in parse_mask(name)]
 
 
 def test_what_is_fitted_anew_is_not_added_once_more_by_what_follows():

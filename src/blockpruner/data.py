@@ -80,7 +80,7 @@ def identity(subject: Subject, data: Data, objective: ModelObjective, seed: int)
         "seed": str(seed),
         "objective": format_method(objective.measure, OBJECTIVES),
         "batch tokens": str(objective.batch_tokens),
-        **({"vocabulary": objective.drawn} if objective.samples else {}),
+        **({"vocabulary": objective.drawn} if objective.sampling else {}),
         **({"values per window": str(objective.pieces)} if objective.pieces > 1 else {}),
         "engine": "plain forward" if objective.fallback else "mask tree",
         "dtype": subject.dtype,

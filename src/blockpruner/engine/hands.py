@@ -125,7 +125,7 @@ def facts(objective: ModelObjective) -> dict[str, str]:
         **{package: version(package) for package in ("torch", "transformers", "blockpruner")},
         "model": computation(objective.model),
         "examples": objective.examples.fingerprint,
-        **({"vocabulary": objective.drawn} if objective.samples else {}),
+        **({"vocabulary": objective.drawn} if objective.sampling else {}),
         "engine": objective.fallback or "mask tree",
         "threads": str(torch.get_num_threads()),
         "losses of the first windows": " ".join(value.hex() for value in dense),

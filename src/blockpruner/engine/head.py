@@ -7,6 +7,7 @@ write them, and to read them again, takes longer than to compute them. A part of
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,17 +37,15 @@ class Head:
         """What `metrics.token_losses` finds of the logits of `states`, without those: nats, float32.
 
         loss[p] = logsumexp(z[p]) - z[p, target[p]], z = weight @ states[p] + bias in the dtype of the model, so that a
-        logit is rounded as in the model; sums in float32. states:
-        [positions, width]; targets: [positions]. One pass over the weight. Memory: _AT_ONCE logits.
+        logit is rounded as in the model; sums in float32. states: [positions, width]; targets: [positions]. One pass
+        over the weight. Memory: _AT_ONCE logits.
         """
-        vocabulary = len(self.linear.weight)
-        rows = _rows(states, vocabulary)
+        weight, bias = self.linear.weight, self.linear.bias
+        rows = _rows(states, len(weight))
         sums, right = _LogSumExp(states), torch.zeros(len(states), device=states.device)
-        ordered, order = targets.sort()
-        bounds = torch.searchsorted(ordered, torch.arange(0, vocabulary + rows, rows, device=targets.device)).tolist()
-        for number, logits in enumerate(_logits(self.linear.weight, self.linear.bias, states, rows)):
-            here = order[bounds[number] : bounds[number + 1]]
-            right[here] = logits[targets[here] - number * rows, here]
+        asked = _by_part(targets, rows, len(weight))
+        for logits, (place, here) in zip(_logits(weight, bias, states, rows), asked, strict=True):
+            right[here] = logits[place, here]
             sums.add(logits)
         return sums.value() - right
 
@@ -93,11 +92,12 @@ class SampledHead(Head):
         """
         rows, sums = _rows(states, len(self.weight)), _LogSumExp(states)
         places = torch.searchsorted(self.tokens, targets).clamp(max=len(self.tokens) - 1)
-        drawn = self.tokens[places] == targets
-        for number, logits in enumerate(_logits(self.weight, self.bias, states, rows)):
-            here = (drawn & (places // rows == number)).nonzero()[:, 0]
-            logits.add_(self.log_weights[number * rows : (number + 1) * rows, None])
-            logits[places[here] - number * rows, here] = -torch.inf
+        places = torch.where(self.tokens[places] == targets, places, len(self.tokens) + rows)  # nowhere
+        asked, weights = _by_part(places, rows, len(self.tokens)), self.log_weights.split(rows)
+        logits_of = _logits(self.weight, self.bias, states, rows)
+        for logits, (place, here), weigh in zip(logits_of, asked, weights, strict=True):
+            logits.add_(weigh[:, None])
+            logits[place, here] = -torch.inf
             sums.add(logits)
         own, bias = self.linear.weight[targets], self.linear.bias
         right = (states.to(own.dtype).float() * own.float()).sum(dim=1)
@@ -124,6 +124,15 @@ def _logits(weight: Tensor, bias: Tensor | None, states: Tensor, rows: int) -> I
         else:
             logits = torch.addmm(bias[start : start + rows, None], some, columns, out=place)
         yield wide[: len(some)].copy_(logits) if narrow else logits
+
+
+def _by_part(places: Tensor, rows: int, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each `rows` tokens of the vocabulary, which `places` [positions] lie there: where in it, and whose they are."""
+    ordered, order = places.sort()
+    bounds = torch.searchsorted(ordered, torch.arange(0, vocabulary + rows, rows, device=places.device)).tolist()
+    for number, (start, stop) in enumerate(pairwise(bounds)):
+        here = order[start:stop]
+        yield places[here] - number * rows, here
 
 
 class _LogSumExp:

@@ -88,7 +88,7 @@ class ModelObjective(BatchByBatch):
         self.fallback = self._probe()
         if self.fallback:
             _log.warning("plain forward passes instead of the mask tree: %s", self.fallback)
-        if self.samples and (self.fallback or self._head is None):
+        if self.sampling and (self.fallback or self._head is None):
             why = self.fallback or "there is more to its head than a linear layer"
             raise InputError(
                 f"{type(model).__name__} cannot be judged by a part of its vocabulary: {why}",
@@ -96,16 +96,16 @@ class ModelObjective(BatchByBatch):
             )
 
     @property
-    def samples(self) -> bool:
-        """Whether losses come from a part of the vocabulary, which one pass of the whole model is needed to draw."""
-        return isinstance(self.measure, SampledLoss)
+    def sampling(self) -> SampledLoss | None:
+        """How the part of the vocabulary is drawn that losses come from, if they do; it takes a pass of the whole model."""
+        return self.measure if isinstance(self.measure, SampledLoss) else None
 
     @cached_property
     def _losing(self) -> Head | None:
         """What losses come from, where no logits are made: the model's head, or a part of it."""
-        if self._head is None or not isinstance(self.measure, SampledLoss):
+        if self._head is None or self.sampling is None:
             return self._head
-        return self._head.sampled(*self.measure.draw(self._probabilities(self._head)))
+        return self._head.sampled(*self.sampling.draw(self._probabilities(self._head)))
 
     @torch.no_grad()
     def _probabilities(self, head: Head) -> Tensor:
@@ -167,11 +167,11 @@ class ModelObjective(BatchByBatch):
         """One forward pass over all data with the whole head, whatever part of it losses take."""
         once = sum((self.work([mask], batch) for batch in range(self.batches)), Work())
         heads = sum(len(part.targets) * len(positions_of(part)) for part in self._parts)
-        return once.model_copy(update={"head_tokens": heads}) if self.samples else once
+        return once.model_copy(update={"head_tokens": heads}) if self.sampling else once
 
     def drawing(self) -> tuple[Work, Traffic]:
         """What it costs to draw a part of the vocabulary, where losses come from one: a pass with the head twice."""
-        if not self.samples:
+        if not self.sampling:
             return Work(), Traffic()
         once = self.whole_pass()
         moved = self.traffic({batch: [DENSE] for batch in range(self.batches)})
@@ -189,9 +189,9 @@ class ModelObjective(BatchByBatch):
     @property
     def _share(self) -> float:
         """Of the head's work that a loss takes."""
-        if self._head is None or not isinstance(self.measure, SampledLoss):
+        if self._head is None or self.sampling is None:
             return 1.0
-        return min(1.0, self.measure.vocabulary / len(self._head.linear.weight))
+        return min(1.0, self.sampling.vocabulary / len(self._head.linear.weight))
 
     def _per_token(self, groups: Sequence[Sequence[Mask]]) -> list[Work]:
         """The blocks that one token passes in each stack; kept, for the micro-batches of a sweep ask the same."""
@@ -226,7 +226,7 @@ class ModelObjective(BatchByBatch):
         row, each = self.examples.targets.shape[1], vocabulary_size(self.model) * (4 + self.model.dtype.itemsize)
         positions = row if self.fallback else HEAD_POSITIONS
         logits = 0 if self._head or self.measure.of == "states" else positions * (1 + self.measure.compares) * each
-        copied = math.ceil(self._head.linear.weight.nbytes * self._share) if self._head and self.samples else 0
+        copied = math.ceil(self._head.linear.weight.nbytes * self._share) if self._head and self.sampling else 0
         return self.weight_bytes + copied + self._lent_bytes + traffic.held + logits
 
     @property

@@ -16,9 +16,10 @@ class Refit:
 
     D brings the stream behind the block nearest to the dense model's, in least squares over tokens, block by block in
     the order of depth: what is left makes up for what is gone, with the features that it has. Best behind a method that
-    fills the gaps (`linear:target=dense,refit`). A block with which held-out text is worse off stays as it is, and so
-    does one that an earlier method changed to make up for the gap behind it. ridge: penalty on |D|^2 beside the mean
-    variance of an entry of what goes into W; `auto` has held-out text choose, block by block. sinks: see `linear`.
+    fills the gaps (`linear:target=dense,refit`), whose maps are fitted anew in their turn. A block with which held-out
+    text is worse off stays as it is, and so does one that an earlier method changed to make up for the gap behind it.
+    ridge: penalty on |D|^2 beside the mean variance of an entry of what goes into W; `auto` has held-out text choose,
+    block by block. sinks: see `linear`.
     """
 
     ridge: float | Literal["auto"] = "auto"

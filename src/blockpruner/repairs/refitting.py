@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.anatomy.parts import Layer, Part
 from blockpruner.anatomy.probing import recorded
-from blockpruner.blocks import format_mask
+from blockpruner.blocks import Block, format_mask
 from blockpruner.errors import InputError, UnsupportedModelError
 from blockpruner.repairs.closed_form import (
     WORSE,
@@ -68,11 +68,11 @@ def refit_kept(bench: Bench, ridge: Ridge, sinks: float) -> tuple[Repair, tuple[
     repair, records = bench.start, list[GapRecord]()
     with side_by_side(bench, dense=True) as walk:
         parts = [(layer, part) for layer in walk.layers for part in layer.parts]
-        places = {gap.layer.parts[0].block if gap.part is None else gap.part.block: gap for gap in maps_in(bench)}
+        maps = maps_in(bench)
         first = next((n for n, (_, part) in enumerate(parts) if part.block in bench.mask), len(parts))
         for number, (layer, part) in enumerate(parts):
             bench.report(number, len(parts), f"fitting {part.block}")
-            gap = places.get(part.block)
+            gap = maps.get(part.block)
             if number < first or (part.block in bench.mask and gap is None):
                 continue
             walk.lead_to(layer, repair)
@@ -120,14 +120,11 @@ def _refitted(
     return (made, record) if error < 1 else (repair, record.model_copy(update={"reason": WORSE}))
 
 
-def maps_in(bench: Bench) -> list[Gap]:
-    """The gaps in which a linear map stands by now, for what was in them and no more."""
-    held = bench.start.replacements
-    return [
-        gap
-        for gap in gaps(bench.anatomy, bench.mask)
-        if gap.path in held and gap.path not in bench.start.spans and held[gap.path].kind == "linear"
-    ]
+def maps_in(bench: Bench) -> dict[Block, Gap]:
+    """The gaps in which a linear map stands by now for what was in them and no more, by the first block of each."""
+    held = {path: each for path, each in bench.start.replacements.items() if path not in bench.start.spans}
+    found = [gap for gap in gaps(bench.anatomy, bench.mask) if gap.path in held and held[gap.path].kind == "linear"]
+    return {gap.part.block if gap.part else gap.layer.parts[0].block: gap for gap in found}
 
 
 def _refilled(walk: Walk, gap: Gap, repair: Repair, ridge: Ridge, sinks: float) -> tuple[Repair, GapRecord]:
