@@ -127,7 +127,7 @@ def _logits(weight: Tensor, bias: Tensor | None, states: Tensor, rows: int) -> I
 
 
 def _by_part(places: Tensor, rows: int, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each `rows` tokens of the vocabulary, which `places` [positions] lie there: where in it, and whose they are."""
+    """For each `rows` tokens of the vocabulary, which `places` [positions] lie there: where in it, and whose."""
     ordered, order = places.sort()
     bounds = torch.searchsorted(ordered, torch.arange(0, vocabulary + rows, rows, device=places.device)).tolist()
     for number, (start, stop) in enumerate(pairwise(bounds)):

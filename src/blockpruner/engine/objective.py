@@ -97,7 +97,7 @@ class ModelObjective(BatchByBatch):
 
     @property
     def sampling(self) -> SampledLoss | None:
-        """How the part of the vocabulary is drawn that losses come from, if they do; it takes a pass of the whole model."""
+        """How the part of the vocabulary is drawn that losses come from, if they do; it takes a pass of the model."""
         return self.measure if isinstance(self.measure, SampledLoss) else None
 
     @cached_property
