@@ -104,10 +104,3 @@ def test_without_a_template_there_is_no_chat(tmp_path, tokenizer):
     source = written(tmp_path / "chats.jsonl", [{"messages": CHATS[0]}])
     with pytest.raises(InputError, match=r"line 1.*has no chat template"):
         load_calibration(source, tokenizer, window=8)
-
-
-def test_an_array_of_records_is_refused_with_the_way_to_make_lines_of_it(tmp_path, tokenizer):
-    (tmp_path / "alpaca.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(InputError, match="not a record on each line") as caught:
-        load_calibration(str(tmp_path / "alpaca.json"), tokenizer, window=8)
-    assert "jq -c '.[]' alpaca.json > alpaca.jsonl" in caught.value.fix

@@ -92,7 +92,7 @@ def test_a_file_of_items_may_be_longer_than_what_is_read_of_a_text(tmp_path, mon
 )
 def test_what_is_no_item_is_named_by_file_and_record(record, tmp_path):
     source = written(tmp_path / "task.jsonl", [RECORDS[0][0], record])
-    with pytest.raises(InputError, match=r"task.jsonl, record 1 is no multiple-choice item"):
+    with pytest.raises(InputError, match=r"task.jsonl, line 2 is no multiple-choice item"):
         read_items(source)
     with pytest.raises(InputError, match="no source of multiple-choice items"):
         read_items("builtin")

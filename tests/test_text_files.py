@@ -35,8 +35,14 @@ BAD = {
     "Latin-1 in a line": ("a.jsonl", GOOD + b'{"text": "\xff"}', "not UTF-8.* at byte 28"),
     "a cut character": ("a.txt", "naï".encode()[:-1], "not UTF-8.* at byte 2"),
     "packed bytes under a wrong name": ("a.txt", gzip.compress(b"dog" * 99), "not UTF-8"),
-    "a packed file": ("a.txt.gz", gzip.compress(b"dog"), "packed file"),
-    "a JSON file": ("a.json", b"{}", r"one JSON value"),
+    "a packed file": ("a.tar.gz", gzip.compress(b"dog"), "packed file"),
+    "a packed file under a wrong name": ("a.txt.gz", b"dog", "[Nn]ot a gzipped file"),
+    "half of a packed file": ("a.txt.gz", gzip.compress(b"dog" * 99)[:-9], "ended before the end"),
+    "a packed file that was damaged": ("a.jsonl.gz", gzip.compress(GOOD)[:12] + b"\xff" * 40, "cannot read"),
+    "a JSON object without text": ("a.json", b"{}", r"no column 'text'; its columns: none"),
+    "an array that does not close": ("a.json", b"[" + GOOD, "not JSON: Expecting ',' delimiter"),
+    "an array of text": ("a.json", b'[{"text": "a dog"},\n"a dog"]', "record 1: str, not an object"),
+    "an array of arrays": ("a.json", NESTED, "JSON beyond bounds"),
     "a line that is not JSON": ("a.jsonl", GOOD + b"\nbroken\n", "line 3, column 1: not JSON"),
     "a list": ("a.jsonl", b'["a dog"]\n', "line 1: list, not an object"),
     "too deep nesting": ("a.jsonl", b'{"text": ' + NESTED, "line 1.* JSON beyond bounds"),
@@ -62,6 +68,43 @@ def test_it_is_refused_by_file_place_and_reason(tmp_path, name):
         documents(path)
     assert str(path) in caught.value.what
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("blank", [b"", b"\n  ", b"\xef\xbb\xbf"])
+def test_a_json_file_is_an_array_of_records_or_one_on_each_line(tmp_path, blank):
+    records = [{"text": "a dog"}, {"text": "two\ncats"}]
+    path = tmp_path / "a.json"
+    for content in (json.dumps(records, indent=1), "\n".join(map(json.dumps, records))):
+        path.write_bytes(blank + content.encode())
+        assert documents(path) == ["a dog", "two\ncats"]
+
+
+def test_packed_text_and_records_are_unpacked_as_they_are_read(tmp_path):
+    for name, content, expected in [
+        ("a.txt.gz", b"a dog\n", ["a dog\n"]),
+        ("a.jsonl.gz", GOOD * 2, ["a dog"] * 2),
+        ("a.JSON.GZ", b'[{"text": "a dog"}]', ["a dog"]),
+    ]:
+        (tmp_path / name).write_bytes(gzip.compress(content))
+        assert documents(tmp_path / name) == expected
+
+
+def test_a_packed_file_is_unpacked_no_further_than_it_is_looked_at(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(GOOD * 2 + b" " * (textfiles.MAX_LINE + 1)))
+    found = read_documents(path, None)
+    assert [next(found), next(found)] == ["a dog", "a dog"]
+    with pytest.raises(InputError, match="line 3 is longer than"):
+        next(found)
+
+
+def test_an_array_beyond_what_is_read_whole_is_refused_with_the_way_to_make_lines_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(textfiles, "MAX_ARRAY", 30)
+    path = tmp_path / "alpaca.json"
+    path.write_bytes(b"[" + b",".join([GOOD] * 3) + b"]")
+    with pytest.raises(InputError, match="one JSON array of more than") as caught:
+        documents(path)
+    assert "jq -c '.[]' alpaca.json > alpaca.jsonl" in caught.value.fix
 
 
 def test_a_missing_file_a_folder_and_a_loop_of_links_are_refused(tmp_path):

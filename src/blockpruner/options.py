@@ -26,7 +26,7 @@ Memory = Annotated[
 ]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read weights from pickles, which can run code.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Source = "Hub data set, .txt/.jsonl/.parquet file, alpaca, wikitext2 or builtin; part of one: FILE.jsonl[0:200]."
+Source = "Hub data set, .txt/.jsonl/.json/.parquet file, alpaca, wikitext2 or builtin; part of one: FILE.jsonl[0:200]."
 Objective = Annotated[
     str, typer.Option(help="loss, sampled-loss, kl, js, logits, embedding or accuracy; `list` says more.")
 ]

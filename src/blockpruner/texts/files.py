@@ -1,15 +1,18 @@
 """Files and hub data sets as documents, read as data and within bounds. Nothing here knows of tensors.
 
-A pipe is never waited for, a packed file is not unpacked, one long line does not fill the memory, and no script of a
-data set ever runs. Whatever cannot be read is an InputError that names the file, the place in it and the reason.
+A pipe is never waited for, a .gz file is unpacked only as far as it is read, one long line does not fill the memory,
+and no script of a data set ever runs. Whatever cannot be read is an InputError that names the file, the place in it and
+the reason.
 """
 
 import codecs
 import contextlib
+import gzip
 import itertools
 import json
 import logging
 import stat
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +23,9 @@ from blockpruner.texts.chats import Render, chat, no_template
 # Tokenising takes about 100 bytes of memory for each byte of text.
 MAX_TEXT = 16 * 2**20
 MAX_LINE = 8 * 2**20
-PACKED = (".7z", ".bz2", ".gz", ".tar", ".xz", ".zip", ".zst")
+MAX_ARRAY = 64 * 2**20  # of a file that is one JSON array: it is read whole
+PACKED = (".7z", ".bz2", ".tar", ".tgz", ".xz", ".zip", ".zst")
+ENDINGS = ".txt, .jsonl, .json or .parquet"
 _ALPACA = ("instruction", "input", "output")
 _CHATS = ("messages", "conversations")
 
@@ -38,28 +43,23 @@ def read_text(path: Path) -> str:
 
 
 def read_documents(path: Path, column: str | None, render: Render = no_template) -> Iterator[str]:
-    """The documents of a .txt (one), .jsonl or .parquet file (one a record, from `column`; see `text_columns`).
+    """The documents of a .txt (one), .jsonl, .json or .parquet file (one a record, from `column`; see `text_columns`).
 
-    render: makes text of the messages of a chat.
+    All but .parquet may end in .gz as well. render: makes text of the messages of a chat.
     """
-    match path.suffix.lower():
+    match _ending(path):
         case ".txt" if column is not None:
             raise InputError(f"{path} is plain text, without columns", fix=f"leave the column {column!r} out")
         case ".txt":
             return iter([read_text(path)])
-        case ".jsonl":
-            return _jsonl_documents(path, column, render)
+        case ".jsonl" | ".json":
+            return (_document(_object(value, where), column, where, render) for where, value in json_values(path))
         case ".parquet":
             return _parquet_documents(path, column, render)
-        case ".json":
-            raise InputError(
-                f"{path} is one JSON value, not a record on each line",
-                fix=f"write the records of its array into a .jsonl file: jq -c '.[]' {path.name} > {path.stem}.jsonl",
-            )
         case suffix if suffix in PACKED:
             raise InputError(f"{path} is a packed file", fix="unpack it first")
         case _:
-            kind = "a folder" if path.is_dir() else "not a .txt, .jsonl or .parquet file"
+            kind = "a folder" if path.is_dir() else f"not a {ENDINGS} file"
             raise InputError(f"{path} is {kind}", fix="give a file of text under one of these endings")
 
 
@@ -143,8 +143,38 @@ def _checked(value: Any, column: str, where: str) -> str:
     return value
 
 
-def jsonl_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a UTF-8 file that are not empty, each after its place in words."""
+def holds_json(path: Path) -> bool:
+    """Whether a file's name says that it holds records in JSON."""
+    return _ending(path) in (".jsonl", ".json")
+
+
+def json_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """What stands on the lines of a UTF-8 file that are not empty, or, of a .json file that is one array, in that.
+
+    Each after its place in words. InputError where it is no JSON.
+    """
+    if _ending(path) == ".json" and (text := _array(path)):
+        values = _parsed(text, str(path), "close the array, and nothing behind it")
+        yield from ((f"{path}, record {number}", value) for number, value in enumerate(values))
+        return
+    for where, text in _lines(path):
+        yield where, _parsed(text, where, "put one JSON object on each line")
+
+
+def _array(path: Path) -> str:
+    """All of a file that begins as an array does; else nothing."""
+    with _opened(path) as file:
+        data = file.read(min(MAX_LINE, MAX_ARRAY))
+        if not data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            return ""
+        data += file.read(MAX_ARRAY + 1 - len(data))
+    if len(data) > MAX_ARRAY:
+        fix = f"write its records on lines of their own: jq -c '.[]' {path.name} > {path.name.partition('.')[0]}.jsonl"
+        raise InputError(f"{path} is one JSON array of more than {MAX_ARRAY // 2**20} MiB", fix=fix)
+    return _decoded(data, path)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
     offset = 0
     with _opened(path) as file:
         for number in itertools.count(1):
@@ -158,10 +188,6 @@ def jsonl_lines(path: Path) -> Iterator[tuple[str, str]]:
             offset += len(line)
             if text.strip():
                 yield where, text
-
-
-def _jsonl_documents(path: Path, column: str | None, render: Render) -> Iterator[str]:
-    return (_document(_json_object(text, where), column, where, render) for where, text in jsonl_lines(path))
 
 
 def _parquet_documents(path: Path, column: str | None, render: Render) -> Iterator[str]:
@@ -182,18 +208,20 @@ def _parquet_documents(path: Path, column: str | None, render: Render) -> Iterat
             raise InputError(f"{path} is not a sound parquet file: {error}", fix="write the file again") from error
 
 
-def _json_object(text: str, where: str) -> Mapping[str, Any]:
+def _parsed(text: str, where: str, fix: str) -> Any:
     try:
-        record = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}, column {error.colno}: not JSON: {error.msg}", fix="put one JSON object on each line"
-        ) from error
+        line = f", line {error.lineno}" if error.lineno > 1 else ""
+        raise InputError(f"{where}{line}, column {error.colno}: not JSON: {error.msg}", fix=fix) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: JSON beyond bounds: {error}", fix="mend that line") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: {type(record).__name__}, not an object", fix="put one JSON object on each line")
-    return record
+        raise InputError(f"{where}: JSON beyond bounds: {error}", fix="mend it there") from error
+
+
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {type(value).__name__}, not an object", fix="give one JSON object for each record")
+    return value
 
 
 def _decoded(data: bytes, path: Path, *, offset: int = 0, whole: bool = True) -> str:
@@ -212,8 +240,15 @@ def _decoded(data: bytes, path: Path, *, offset: int = 0, whole: bool = True) ->
     return text.removeprefix("\ufeff")
 
 
+def _ending(path: Path) -> str:
+    """The ending of a file's name that says what is in it, small."""
+    name = Path(path.stem) if path.suffix.lower() == ".gz" else path
+    return name.suffix.lower()
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked where its name says that they are packed."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -222,8 +257,12 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         if not status.st_size:
             raise InputError(f"{path} is empty", fix="give a file with text")
         with path.open("rb") as file:
-            yield file
-    except (OSError, ValueError) as error:
+            if path.suffix.lower() == ".gz":
+                with gzip.GzipFile(fileobj=file) as unpacked:
+                    yield unpacked
+            else:
+                yield file
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise InputError(f"cannot read {path}: {reason}", fix="check the path and its permissions") from error
 

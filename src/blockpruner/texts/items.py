@@ -1,13 +1,13 @@
 """Multiple-choice items: a question, answers to choose from, the right one; from files of the usual tasks.
 
-A source is `FILE.jsonl` or `FILE.jsonl[start:stop]`. A record is one of PIQA (goal, sol1, sol2, label), ARC (question,
-choices {text, label}, answerKey), OpenBookQA (question_stem, ...), HellaSwag (ctx, endings, label), MMLU (question,
-choices, answer; the letters are the answers), BoolQ (passage, question, label), WinoGrande (sentence, option1, option2,
-answer), or of any task of your own: context, choices, gold. Prompts are those of lm-evaluation-harness, zero-shot.
+A source is `FILE.jsonl` or `FILE.jsonl[start:stop]` (.json, .gz as well). A record is one of PIQA (goal, sol1, sol2,
+label), ARC (question, choices {text, label}, answerKey), OpenBookQA (question_stem, ...), HellaSwag (ctx, endings,
+label), MMLU (question, choices, answer; the letters are the answers), BoolQ (passage, question, label), WinoGrande
+(sentence, option1, option2, answer), or of any task of your own: context, choices, gold. Prompts are those of
+lm-evaluation-harness, zero-shot.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch
 from blockpruner.errors import InputError
 from blockpruner.texts.calibration import CalibrationRecord, fingerprint, resolve_bos
 from blockpruner.texts.examples import IGNORED, Examples
-from blockpruner.texts.files import hub_rows, jsonl_lines
+from blockpruner.texts.files import holds_json, hub_rows, json_values
 from blockpruner.texts.sources import HUB_NAME, parse_slice
 
 if TYPE_CHECKING:
@@ -44,33 +44,21 @@ def read_items(source: str, *, split: str | None = None) -> tuple[str, list[Item
     """
     name, start, stop = parse_slice(source)
     path = Path(name).expanduser()
-    if path.suffix == ".jsonl":
-        records, place, label = (
-            (_read(line) for _, line in jsonl_lines(path)),
-            str(path),
-            source.replace(name, path.name),
-        )
+    if holds_json(path):
+        records, label = json_values(path), source.replace(name, path.name)
     elif hub := HUB_NAME.fullmatch(name):
-        records, place, label = hub_rows(hub[1], hub[2], split or "validation", stream=True), name, source
+        rows = hub_rows(hub[1], hub[2], split or "validation", stream=True)
+        records, label = ((f"{name}, record {number}", row) for number, row in enumerate(rows)), source
     else:
         raise InputError(
             f"{source!r} is no source of multiple-choice items",
             fix="give FILE.jsonl, FILE.jsonl[0:200] or org/name[:config] of PIQA, ARC, MMLU, HellaSwag, BoolQ, "
             "WinoGrande, or with context, choices and gold",
         )
-    chosen = enumerate(itertools.islice(records, start, stop), start)
-    items = [_item(record, f"{place}, record {number}") for number, record in chosen]
+    items = [_item(record, where) for where, record in itertools.islice(records, start, stop)]
     if not items:
         raise InputError(f"{source} holds no items", fix="name another part of it")
     return label, items
-
-
-def _read(line: str) -> Any:
-    """A record, or, where it is no JSON, the error: it is said with the place."""
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        return error
 
 
 def item_examples(
@@ -128,8 +116,6 @@ def item_examples(
 def _item(record: Any, where: str) -> Item:
     why, found = "", None
     try:
-        if isinstance(record, Exception):
-            raise record
         found = _known(record) if isinstance(record, dict) else None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         why = f" ({type(error).__name__}: {error})"

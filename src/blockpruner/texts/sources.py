@@ -2,13 +2,14 @@
 
 A source is a name, or `name[start:stop]` for its documents start to stop - 1, counted from 0 in the source's own order:
 
-- `FILE.txt`: one document; `FILE.jsonl`, `FILE.parquet`: one a record, from the column `text` unless another is named,
-  or formatted as Alpaca where records have `instruction` and `output` instead, or by the model's own chat template
-  where they have `messages` (or `conversations`), see `chats`;
+- `FILE.txt`: one document; `FILE.jsonl`, `FILE.json` (an array, or lines as well), `FILE.parquet`: one a record, from
+  the column `text` unless another is named, or formatted as Alpaca where records have `instruction` and `output`
+  instead, or by the model's own chat template where they have `messages` (or `conversations`), see `chats`; text and
+  JSON may be packed: `FILE.json.gz`;
 - `org/name` or `org/name:config`: a data set of the Hugging Face hub, likewise one document a record;
   `org/name@revision`: as it is on a branch, such as `refs/convert/parquet` for sets that were a script once;
 - `alpaca`: the documents BlockPruner calibrates on, in the order the paper draws them: 256 of the 5,200 rows of its
-  test part; `alpaca[:64]` draws 64. `alpaca:FILE` draws from the records of a .jsonl or .parquet file instead;
+  test part; `alpaca[:64]` draws 64. `alpaca:FILE` draws from the records of a file instead;
 - `wikitext2`: the rows of WikiText-2 (raw), empty ones too; `wikitext2:FILE` makes the same rows from the raw text;
 - `builtin`: the topics of Python's `help()` by name, a paragraph that stands in several of them only in the first.
 """
@@ -24,14 +25,24 @@ from pathlib import Path
 
 from blockpruner.errors import InputError
 from blockpruner.texts.chats import Render, no_template
-from blockpruner.texts.files import MAX_TEXT, PACKED, hub_documents, hub_rows, log, log_cut, read_documents, read_text
+from blockpruner.texts.files import (
+    ENDINGS,
+    MAX_TEXT,
+    PACKED,
+    hub_documents,
+    hub_rows,
+    log,
+    log_cut,
+    read_documents,
+    read_text,
+)
 
 PAPER_ROWS = 256
 PAPER_SEED = 42
 
 _SLICED = re.compile(r"(.+)\[(\d{0,12}):(\d{0,12})\]", re.ASCII | re.DOTALL)
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*(?:@[\w./-]+)?)(?::([\w.-]+))?", re.ASCII)
-_FILE_ENDINGS = (".txt", ".jsonl", ".parquet", ".csv", ".json", ".md", ".tsv", *PACKED)
+_FILE_ENDINGS = (".txt", ".jsonl", ".parquet", ".csv", ".json", ".md", ".tsv", ".gz", *PACKED)
 _OPTIONS = {"hub": ("split", "column"), "wikitext2": ("split",), "FILE": ("column",)}
 
 
@@ -102,7 +113,7 @@ def _parse_name(name: str) -> tuple[str, str]:
         return "hub", name
     raise InputError(
         f"{name!r} is no source of text, and no file of that name exists",
-        fix="give a .txt, .jsonl or .parquet file, org/name[:config] on the hub, alpaca, wikitext2 or builtin;"
+        fix=f"give a {ENDINGS} file, org/name[:config] on the hub, alpaca, wikitext2 or builtin;"
         " documents 0 to 199 of it are NAME[0:200]",
     )
 
