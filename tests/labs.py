@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 import zoo
 from toys import Toy, additive
 
@@ -46,3 +48,12 @@ def scored(criterion: Any, lab: Lab, moves: Any) -> Any:
 def fresh(criterion: Any, lab: Lab, moves: Any) -> Any:
     """Its scores with nothing noted before."""
     return scored(criterion, dataclasses.replace(lab, notes=Notes()), moves)
+
+
+def apart(numbers: Mapping[str, torch.nn.Parameter], by: float = 0.3) -> dict[str, torch.Tensor]:
+    """Other values of these parameters, so many of their standard deviations away."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: p.data + by * p.data.std(unbiased=False) * torch.randn(p.shape, generator=generator)
+        for name, p in numbers.items()
+    }

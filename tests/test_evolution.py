@@ -332,7 +332,7 @@ def test_equal_counts_need_single_blocks_of_both_kinds_and_an_even_number_of_the
 
 
 @pytest.mark.parametrize(
-    "options", [{"offspring": 0}, {"initial": 0}, {"first": 0}, {"generations": -1}, {"second": -1}]
+    "options", [{"offspring": 0}, {"initial": 0}, {"first": 0}, {"generations": -1}, {"second": -1}, {"growth": 1.0}]
 )
 def test_options_out_of_range_are_input_errors(options):
     with pytest.raises(InputError, match="out of range"):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from labs import examples, made
+from labs import apart, examples, made
 from test_training import gradients, whole_loss
 
 from blockpruner.blocks import parse_mask
@@ -73,6 +73,32 @@ def test_where_predictions_are_close_it_is_their_divergence_and_so_is_its_slope(
     assert value == pytest.approx(truth, rel=0.05)
     mine, theirs = (torch.cat([each[n].flatten() for n in close]) for each in (slopes, steps))
     assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.99
+
+
+@pytest.mark.parametrize(("name", "mask"), FAMILIES)
+def test_its_slope_is_that_of_the_pruned_model_with_its_own_weights(name, mask):
+    """Which are far from the dense ones: these must not be seen on the way back."""
+    model, anatomy = made(name)
+    text = examples(model, 2, 12)
+    asked = text.targets != IGNORED
+    numbers = {n: p for n, p in model.named_parameters() if p is not head_of(model).weight and p.is_floating_point()}
+    pupil = Pupil(model, anatomy, parse_mask(mask), Repair({}, apart(numbers)))
+    lesson = FisherMetric(pupil, text)
+
+    def plain():
+        with torch.no_grad():
+            there = before_head(model, text)
+        with pupil.pruned():
+            off = (before_head(model, text) - there)[asked]
+            value = 0.5 * torch.einsum("ti,ij,tj->", off, lesson.metric, off)
+            value.backward()
+        return float(value.detach())
+
+    value, slopes = gradients(pupil, numbers, lambda: lesson.backward(text, 1.0))
+    truth, steps = gradients(pupil, numbers, plain)
+    assert value == pytest.approx(truth, rel=1e-5)
+    mine, theirs = (torch.cat([each[n].flatten() for n in numbers]) for each in (slopes, steps))
+    assert float((mine - theirs).norm() / theirs.norm()) < 1e-4
 
 
 def test_no_logits_are_made_once_the_metric_is_known():

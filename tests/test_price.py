@@ -1,14 +1,16 @@
 """What a search is said to cost, in bytes too, and what it took."""
 
 import json
+import time
 
 import pytest
 from labs import examples
 from tiny import anatomy_of, shared
 
-from blockpruner.artifacts import Traffic
+from blockpruner.artifacts import Traffic, Work
 from blockpruner.blocks import parse_mask
 from blockpruner.engine.objective import ModelObjective
+from blockpruner.loading import lending
 from blockpruner.loading.models import load
 from blockpruner.loading.streaming import load_streamed
 from blockpruner.objectives.kl import KL
@@ -121,6 +123,44 @@ def test_the_draw_of_a_vocabulary_is_in_price_receipt_and_plan_and_a_run_goes_on
     assert again == plan
     assert plan.steps[0].loss is not None
     assert plan.steps[0].loss.unit == "nats per token, estimated"
+
+
+def test_minutes_of_a_streamed_search_are_those_of_each_reading_and_not_of_each_token(checkpoint, prose, monkeypatch):
+    pause, seen = 0.15, []
+
+    class Slow(lending._Lender):
+        def take(self, *args):
+            if not self._kept:
+                seen.append(self)
+                time.sleep(pause)
+            super().take(*args)
+
+    monkeypatch.setattr(lending, "_Lender", Slow)
+    subject = open_subject(load_streamed(str(checkpoint), dtype="bfloat16"), 4000)
+    job = prepare(subject, target="blocks=1", calibration=str(prose), tokens=96, window=16, search="exhaustive")
+    objective, layers = job.objective, len(subject.anatomy.stacks[0].layers)
+    once = objective.traffic({0: [DENSE]})
+    assert objective.seconds(Work(), once) > 0.9 * pause * layers
+    assert objective.seconds(objective.whole_pass()) < objective.seconds(Work(), once)
+    said = quote(job)
+    seen.clear()
+    find_plan(job)
+    assert 0.9 < objective.seconds(Work(), said.traffic) / (pause * len(seen)) < 3  # by tokens it would be 40
+    assert said.seconds == objective.seconds(said.work, said.traffic)
+
+
+@pytest.mark.parametrize("search", ["greedy", "exhaustive", "random"])
+def test_to_watch_the_loss_is_in_the_price(task, search):
+    size = {"search": search, "tokens": 2048, "window": 64}
+    plain, watched = (quote(task(target=target, **size)) for target in ("blocks=3", "blocks=3,loss=+90"))
+    more = watched.work.head_tokens - plain.work.head_tokens
+    assert (more > 0) == (search == "greedy")  # which has looked at a part of the text alone
+    job = task(target="blocks=3,loss=+90", **size)
+    plan = find_plan(job)
+    assert plan.stop_reason == Stop.TARGET
+    assert plan.work is not None
+    if search != "greedy":
+        assert plan.work.head_tokens == watched.work.head_tokens
 
 
 def test_a_streamed_model_holds_its_layers_nowhere(task):

@@ -8,6 +8,8 @@ import pytest
 from blockpruner.errors import InputError
 from blockpruner.registry import format_method, lookup, parse_method
 from blockpruner.searches import SEARCHES, parse_search
+from blockpruner.searches.beam import Beam
+from blockpruner.searches.evolution import Evolution
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.greedy import Greedy
 from blockpruner.searches.random import Random
@@ -98,6 +100,8 @@ def test_where_weights_are_streamed_races_take_few_looks_unless_they_are_told():
     assert parse_search("greedy", streamed=True) == Greedy(growth=4.0)
     assert parse_search("greedy:growth=2", streamed=True) == Greedy(growth=2.0)
     assert parse_search("greedy") == Greedy(growth=1.25)
+    assert parse_search("beam:race=true", streamed=True) == Beam(race=True, growth=4.0)
+    assert parse_search("evolution:race=true", streamed=True) == Evolution(race=True, growth=4.0)
     assert parse_search("exhaustive", streamed=True) == Exhaustive()
 
 

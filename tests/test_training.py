@@ -38,8 +38,8 @@ def windows(count=8, seed=0) -> Examples:
 class Line:
     """A toy to train: the nearest point to the mean token, with noise, and a loss of its own for held-out text."""
 
-    def __init__(self, dtype=torch.float32, worst=99):
-        self.point, self.noise, self.seen, self.worst = nn.Parameter(torch.zeros(3, dtype=dtype)), False, [], worst
+    def __init__(self, dtype=torch.float32, worst=99, shape=(3,)):
+        self.point, self.noise, self.seen, self.worst = nn.Parameter(torch.zeros(shape, dtype=dtype)), False, [], worst
 
     def switch(self, on):
         self.noise = on
@@ -94,7 +94,8 @@ def test_the_step_size_rises_falls_and_is_never_zero():
 
 def plain(line, options=QUICK):
     """The same training without any of the machinery, in float32."""
-    optimizer = torch.optim.AdamW([line.point], lr=1.0, betas=(0.9, options.beta2), weight_decay=options.weight_decay)
+    decay = options.weight_decay if line.point.ndim > 1 else 0.0
+    optimizer = torch.optim.AdamW([line.point], lr=1.0, betas=(0.9, options.beta2), weight_decay=decay)
     text, steps = windows(), options.steps(8, 4)
     for step in range(steps):
         chosen = text.targets[windows_of_step(options, text, step)].float()
@@ -107,11 +108,12 @@ def plain(line, options=QUICK):
     return line.point.detach()
 
 
-def test_the_loop_is_adamw_on_the_mean_over_all_that_a_step_predicts():
-    options = dataclasses.replace(QUICK, weight_decay=0.1, beta2=0.95)
-    line = Line()
+@pytest.mark.parametrize("shape", [(3,), (1, 3)])
+def test_the_loop_is_adamw_on_the_mean_over_all_that_a_step_predicts_and_lets_matrices_alone_decay(shape):
+    options = dataclasses.replace(QUICK, weight_decay=0.9, beta2=0.95)
+    line = Line(shape=shape)
     trace = train(course(line, options, noise=lambda on: None))
-    torch.testing.assert_close(line.point.detach(), plain(Line(), options))
+    torch.testing.assert_close(line.point.detach(), plain(Line(shape=shape), options))
     assert trace.step == 4
     assert [look.step for look in trace.curve] == [0, 1, 2, 3, 4]
 

@@ -90,7 +90,7 @@ class Inquiry:
         return Lab(subject.model, subject.anatomy, self.data.examples, losses, Notes(journal), mask, progress)
 
     def price(self) -> tuple[int, float, float]:
-        """Masks; passes over the text besides, of the layers alone; seconds, from one timed pass over a part of it."""
+        """Masks; passes over the text besides, of the layers alone; seconds, from one micro-batch that is timed."""
         passes = sum(criterion.cost(self.lab(), self.rivals) for criterion in self.criteria) + len(self.moves)
         batches = range(self.objective.batches)
         work = sum((self.objective.work(self.masks, batch) for batch in batches), Work())

@@ -1,6 +1,7 @@
 """From words to a plan: a search that is ready to run, and what it finds."""
 
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -79,7 +80,7 @@ class Task:
 
     @cached_property
     def rehearsed(self) -> "Rehearsed":
-        """The search on an objective that costs nothing, as long as it can be."""
+        """The search on an objective that costs nothing, as long as it can be: no loss of it rises beyond a target."""
         passes, moved = list[float](), list[Traffic]()
 
         def scorer(evaluations: Evaluations) -> Scorer:
@@ -90,10 +91,9 @@ class Task:
 
             return free
 
-        target = self.problem.target
-        problem = (
-            replace(self.problem, target=replace(target, rise=None)) if isinstance(target, Goals) else self.problem
-        )
+        target, problem = self.problem.target, self.problem
+        if isinstance(target, Goals) and target.rise is not None:  # what it takes to see how far it rose still counts
+            problem = replace(problem, target=replace(target, rise=math.inf))
         free = Rehearsal(self.objective, told=lambda asked: moved.append(self.objective.traffic(asked)))
         result = driver.run(self.search, problem, free, scorer=scorer, keep=False)
         return Rehearsed(result, sum(passes), sum(moved, Traffic()))

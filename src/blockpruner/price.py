@@ -23,7 +23,8 @@ class Price(Record):
     and states (of the criterion's passes they are not counted); memory: bytes, of weights, states and logits; seconds:
     on this machine. None: not known.
 
-    Before a search all are those of a rehearsal, and seconds go by one timed pass. How the work divides between kinds
+    Before a search all are those of a rehearsal, and seconds go by what one micro-batch took in this process: workers
+    on devices of their own share them. How the work divides between kinds
     of blocks depends on which go, so that true counts of a kind differ by more than their sum does (growth.json has
     both); those of races by some more. Where a rise of the loss ends a search, all are upper bounds. True memory
     has what a layer makes for itself.
@@ -53,10 +54,11 @@ class Receipt(Artifact):
 
 
 def quote(task: Task) -> Price:
-    """The price of a search, said before it starts. Cost: one timed pass over one micro-batch."""
+    """The price of a search, said before it starts. Cost: two timed passes over one micro-batch."""
     found, objective = task.rehearsed, task.objective
     passes = found.passes + (0 if task.replacing is None else task.replacing.passes(task.problem.moves(DENSE)))
     draw, drawn = objective.drawing()
+    once = objective.traffic({batch: [DENSE] for batch in range(objective.batches)})
     work, moved = found.result.work + draw, found.moved + drawn
     return Price(
         evaluations=found.result.evaluations,
@@ -64,7 +66,7 @@ def quote(task: Task) -> Price:
         passes=passes,
         traffic=moved,
         memory=objective.held_bytes(moved),
-        seconds=objective.seconds(work) + passes * objective.seconds(objective.whole_pass()),
+        seconds=objective.seconds(work, moved) + passes * objective.seconds(objective.whole_pass(), once),
     )
 
 

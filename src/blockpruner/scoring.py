@@ -64,8 +64,9 @@ class Comparison:
         return replace(self, criteria=tuple(kept))
 
     def seconds(self) -> float:
-        """How long one forward pass over all the data takes here, from one timed pass over a part of it."""
-        return self.objective.seconds(self.objective.whole_pass(self.removed))
+        """How long one forward pass over all the data takes here, from passes over a part of it that are timed."""
+        asked = {batch: [self.removed] for batch in range(self.objective.batches)}
+        return self.objective.seconds(self.objective.whole_pass(self.removed), self.objective.traffic(asked))
 
     def lab(
         self,

@@ -22,6 +22,7 @@ from blockpruner.anatomy.parts import Anatomy, Layer, layer_stand_ins
 from blockpruner.anatomy.probing import Call, Enough, enough, first_tensor, replaced, stood_in, without_cache
 from blockpruner.artifacts import Traffic, Work
 from blockpruner.blocks import Mask
+from blockpruner.engine.pace import now
 from blockpruner.engine.spilling import Ledger, Spill
 from blockpruner.loading.lending import at_hand
 from blockpruner.standin import StandIn, stand_in_for
@@ -170,6 +171,26 @@ class MaskTree:
                             after = self._step(layer, calls[number], state, each.removed)
                             states.put((batch, number + 1, each.child), after)
         return lambda batch, mask: states.pop((batch, len(self.layers), mask))
+
+    @torch.no_grad()
+    def timed(self, inputs: Inputs) -> tuple[Tensor, float, float]:
+        """The whole model's final state, the seconds its layers take for it, and those to have their weights at hand.
+
+        Each layer is called twice, and what the first call takes longer is for weights that were not there yet.
+        """
+        calls, device = self.calls(inputs), self.model.device
+        state = _stream(calls[0], self.layers[0])
+        computing = reading = 0.0
+        for layer, call in zip(self.layers, calls, strict=True):
+            start = now(device)
+            with at_hand(self.model.get_submodule(layer.path)):
+                self._step(layer, call, state, frozenset())
+                middle = now(device)
+                state = self._step(layer, call, state, frozenset())
+                end = now(device)
+            computing += end - middle
+            reading += max(0.0, (middle - start) - (end - middle))
+        return state, computing, reading
 
     def _step(self, layer: Layer, call: Call, state: Tensor, removed: Mask) -> Tensor:
         put = self._filling(layer, removed) if self._filling and removed else {}

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import logging
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -21,6 +20,7 @@ from blockpruner.blocks import Mask
 from blockpruner.engine.head import Head, SampledHead, proved_head
 from blockpruner.engine.limits import check_fits
 from blockpruner.engine.masktree import Inputs, MaskTree, Node, output_of, sweep_traffic, sweep_work
+from blockpruner.engine.pace import Pace, now
 from blockpruner.engine.spilling import Spill
 from blockpruner.engine.sums import Sums, marked, positions_of, tokens_of
 from blockpruner.errors import InputError, is_out_of_memory
@@ -36,6 +36,7 @@ BATCH_TOKENS = 2048
 HEAD_POSITIONS = 256  # positions whose logits exist at once
 HEADS = 8  # masks that share one look at the whole model's logits
 PROBE_POSITIONS = 128
+NOTHING = Traffic()
 _LOSS = Loss()
 _log = logging.getLogger("blockpruner")
 
@@ -249,28 +250,30 @@ class ModelObjective(BatchByBatch):
     def _layers(self) -> list[torch.nn.Module]:
         return [self.model.get_submodule(layer.path) for stack in self.anatomy.stacks for layer in stack.layers]
 
-    def seconds(self, work: Work) -> float:
-        """How long `work` takes here, from one timed pass of the whole model over one micro-batch."""
-        body, head = self._rates
-        return body * (work.attention_tokens + work.mlp_tokens) + head * work.head_tokens
+    def seconds(self, work: Work, moved: Traffic = NOTHING) -> float:
+        """How long `work`, with so much to be moved, takes in this process, from one micro-batch that was timed."""
+        return self._pace.seconds(work, moved)
 
     @cached_property
-    def _rates(self) -> tuple[float, float]:
-        """Seconds per block-token and per head-token."""
-        part = self._parts[0].to(self.model.device)
-        heads = len(part.targets) * len(positions_of(part))
+    def _pace(self) -> Pace:
+        """Cost: two passes of the whole model over one micro-batch; where weights are streamed, they are read once."""
+        part, device = self._parts[0].to(self.model.device), self.model.device
+        sides = 1 + self.measure.compares
+        heads = len(part.targets) * len(positions_of(part)) * sides
         blocks = sum(
             len(layer.parts) * tokens_of(stack, part.inputs) for stack in self.anatomy.stacks for layer in stack.layers
         )
-        start = time.perf_counter()
-        if self.fallback:
-            list(self._rows_of_passes([DENSE], part))
-            rate = (time.perf_counter() - start) / (blocks + heads)
-            return rate, rate
-        (state,) = self._tree.final_states([DENSE], part.inputs).values()
-        middle = time.perf_counter()
-        self._sums({DENSE: state}, None if not self.measure.compares else state, part, self._head)
-        return (middle - start) / max(1, blocks), (time.perf_counter() - middle) / max(1, heads)
+        with evaluating(self.model):
+            if self.fallback:  # each pass reads the weights
+                start = now(device)
+                list(self._rows_of_passes([DENSE], part))
+                rate = (now(device) - start) / (blocks * sides + heads)
+                return Pace(rate, rate)
+            state, computing, reading = self._tree.timed(part.inputs)
+            start = now(device)
+            self._sums({DENSE: state}, state if self.measure.compares else None, part, self._head)
+            losing = now(device) - start
+        return Pace(computing / max(1, blocks), losing / max(1, heads), reading / max(1, self._read_bytes))
 
     def _rows_of_tree(
         self, asked: Mapping[int, Sequence[Mask]], parts: Mapping[int, Examples]

@@ -59,11 +59,11 @@ class FisherMetric(Predictions):
             metric = self.metric
             with torch.no_grad():
                 aim = before_head(self.pupil.model, part)
-            with self.pupil.pruned():
+            with self.pupil.pruned():  # on the way back too, where operations look at weights again
                 apart = (before_head(self.pupil.model, part) - aim).float()[part.targets != IGNORED]
-            value = 0.5 * ((apart @ metric) * apart).sum()
-            if value.requires_grad:
-                (value * scale).backward()
+                value = 0.5 * ((apart @ metric) * apart).sum()
+                if value.requires_grad:
+                    (value * scale).backward()
             return float(value.detach())
 
     def probe(self, examples: Examples, numbers: Mapping[str, nn.Parameter]) -> None:

@@ -187,8 +187,9 @@ class Trained:
     """The options that all trained recoveries share.
 
     epochs: times that all windows are seen; tokens: to train on in all, instead (0: by epochs). lr: the largest step of
-    AdamW; it rises over `warmup` steps, a tenth of all at most, and falls by `schedule`; beta2, weight_decay: of AdamW.
-    batch: windows in one pass; accumulate: passes in one step, whose loss is the mean over all their predicted tokens.
+    AdamW; it rises over `warmup` steps, a tenth of all at most, and falls by `schedule`; beta2, weight_decay: of AdamW,
+    the latter of matrices alone, not of gains and biases. batch: windows in one pass; accumulate: passes in one step,
+    whose loss is the mean over all their predicted tokens.
     clip: the largest norm of a gradient, 0 for none. evaluate_every: steps between looks at the held-out loss (0: ten
     times in all), the best of which is kept; patience: looks without a better one that end the training, 0 for no end.
     masters: what the trained numbers are summed in, float32 or the model's own dtype (`stored`). seed: of the order of

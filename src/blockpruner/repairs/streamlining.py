@@ -89,23 +89,26 @@ class Streams:
 
     def backward(self, part: Examples, scale: float) -> float:
         with torch.inference_mode(False), torch.enable_grad():
-            value = self._missing(part)
-            (value * scale).backward()
-        return float(value.detach())
+            return self._missing(part, scale)
 
     @torch.no_grad()
     def measure(self, part: Examples) -> float:
         """The sum over these windows."""
-        return float(self._missing(part))
+        return self._missing(part)
 
-    def _missing(self, part: Examples) -> Tensor:
+    def _missing(self, part: Examples, scale: float | None = None) -> float:
+        """With a scale, its gradients times that are added to those there are."""
         part = part.to(self.pupil.model.device)
         with torch.no_grad():
             _, wanted = self.ends.body(part, self.ends_at, self.ends_at[-1])
-        with self.pupil.pruned():  # behind the run, where maps that stand in it have added theirs
+        with self.pupil.pruned():  # on the way back too, where operations look at weights again
+            # behind the run, where maps that stand in it have added theirs
             _, found = self.ends.body(part, self.ends_at, self.ends_at[-1])
-        shares = [_share(found[at], wanted[at]) for at in self.ends_at]
-        return self.weigh(part) * torch.stack([share.to(shares[0].device) for share in shares]).mean()
+            shares = [_share(found[at], wanted[at]) for at in self.ends_at]
+            value = self.weigh(part) * torch.stack([share.to(shares[0].device) for share in shares]).mean()
+            if scale is not None:
+                (value * scale).backward()
+        return float(value.detach())
 
 
 def _share(found: Tensor, wanted: Tensor) -> Tensor:

@@ -42,11 +42,15 @@ class _Loop:
         self.steps = self.options.steps(len(course.examples), course.examples.tokens)
         self.rate = rates(self.options, self.steps)
         self.masters = {name: nn.Parameter(self._master(number.value)) for name, number in course.numbers.items()}
+        matrices = [master for master in self.masters.values() if master.ndim > 1]
+        others = [master for master in self.masters.values() if master.ndim < 2]  # gains and biases: not towards 0
         self.optimizer = torch.optim.AdamW(
-            list(self.masters.values()),
+            [
+                {"params": matrices, "weight_decay": self.options.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
             lr=self.options.lr,
             betas=(0.9, self.options.beta2),
-            weight_decay=self.options.weight_decay,
         )
         self.kept: dict[str, Tensor] = {}  # the best values, where there is no folder
         self.trace = Trace(format=Trace.FORMAT, version=Trace.VERSION, identity=self._identity(), step=0, curve=())

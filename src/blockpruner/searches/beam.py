@@ -27,7 +27,7 @@ class Beam:
     none is left, and the lowest loss of all put aside wins, the earlier one of equals.
 
     race: the `width` best of each step are found by a race (see `racing`), from which the losses of its steps are; what
-    wins in the end is decided by full evaluations.
+    wins in the end is decided by full evaluations. epsilon, delta, growth: of races, as in `greedy`.
 
     Cost: with m moves at the start and k steps, at most m + width * (k-1) * (m - k/2) evaluations. What is stopped
     before a mask has reached the target leaves no plan, and goes on from its journal when it is run again.
@@ -36,6 +36,9 @@ class Beam:
     width: int = 4
     race: bool = False
     seed: int = 0
+    epsilon: float = 0.003
+    delta: float = 0.05
+    growth: float = 1.25
 
     title: ClassVar[str] = "Beam search"
     source: ClassVar[str] = "Lowerre 1976 (beam search), on BlockPruner's loop: ours"
@@ -46,6 +49,7 @@ class Beam:
     def __post_init__(self) -> None:
         if self.width < 1:
             raise InputError(f"a beam of width={self.width} holds nothing", fix="give a width of 1 or more")
+        Race(self.epsilon, self.delta, self.seed, self.growth)
 
     def propose(self, problem: Problem) -> Proposals:
         beams: dict[Mask, Path] = {DENSE: ()}
@@ -74,7 +78,8 @@ class Beam:
     def _looked(self, problem: Problem, masks: tuple[Mask, ...]) -> Generator[Request, Any, tuple[Losses, list[Mask]]]:
         """The losses, and the `width` masks of lowest loss, best first, those that arose first before their equals."""
         if self.race:
-            outcome = yield from Race(seed=self.seed).run(problem, masks, self.width)
+            race = Race(self.epsilon, self.delta, self.seed, self.growth)
+            outcome = yield from race.run(problem, masks, self.width)
             return outcome.estimates, list(outcome.kept)
         losses: Losses = yield masks
         finite = {mask: loss.value for mask, loss in losses.items() if loss is not None}

@@ -35,7 +35,7 @@ class Evolution:
     loss on the micro-batches that it was last seen on.
 
     race: offspring and parent race (see `racing`) instead of these two looks; the parent then gives way to an offspring
-    that is worse by epsilon at the most.
+    that is worse by epsilon at the most. epsilon, delta, growth: of races, as in `greedy`.
 
     EvoPress is `equal=True` with the KL objective; micro-batches are of about 512 tokens, or one window where that is
     longer. Ours: free counts, other moves, params targets, the evaluation at the end, and that the second look avoids
@@ -50,6 +50,9 @@ class Evolution:
     first: int = 4
     second: int = 64
     race: bool = False
+    epsilon: float = 0.003
+    delta: float = 0.05
+    growth: float = 1.25
 
     title: ClassVar[str] = "Evolutionary (EvoPress)"
     source: ClassVar[str] = "Sieberling et al. 2024, arXiv 2410.14649"
@@ -61,6 +64,7 @@ class Evolution:
         if min(self.offspring, self.initial, self.first) < 1 or min(self.generations, self.second) < 0:
             fix = "give offspring, initial and first of 1 or more, generations and second of 0 or more"
             raise InputError(f"{self} is out of range", fix=fix)
+        Race(self.epsilon, self.delta, self.seed, self.growth)
 
     def propose(self, problem: Problem) -> Proposals:
         random = [self._filled(problem, (), None, "initial", index) for index in range(self.initial)]
@@ -73,7 +77,7 @@ class Evolution:
             batches = self._batches(problem, generation)
             children = self._children(problem, parent, generation)
             if children and self.race:
-                race = Race(seed=number(self.seed, "race", generation))
+                race = Race(self.epsilon, self.delta, number(self.seed, "race", generation), self.growth)
                 outcome = yield from race.run(problem, (*children, _gone(parent)))
                 parent = children.get(outcome.kept[0], parent) if outcome.kept else parent
                 losses, of_all = outcome.estimates, True

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from blockpruner.blocks import Move
-from blockpruner.errors import InputError
 from blockpruner.searching.contract import DENSE, Chosen, Problem, Proposals, Values, lowest
 from blockpruner.searching.racing import Earlier, Race
 
@@ -39,9 +38,7 @@ class Greedy:
     starts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (self.epsilon >= 0 and 0 < self.delta < 1 < self.growth):
-            fix = "give epsilon of 0 or more, delta between 0 and 1, and growth above 1"
-            raise InputError(f"{self} is out of range", fix=fix)
+        Race(self.epsilon, self.delta, self.seed, self.growth)
 
     def propose(self, problem: Problem) -> Proposals:
         race = Race(self.epsilon, self.delta, self.seed, self.growth)

@@ -14,6 +14,7 @@ from typing import Any
 
 from blockpruner.artifacts import Estimate
 from blockpruner.blocks import Mask
+from blockpruner.errors import InputError
 from blockpruner.searching.contract import DENSE, Pieces, Problem, Values
 from blockpruner.searching.permutations import shuffled
 
@@ -126,12 +127,18 @@ class Race:
     (benchmarks/racing_simulation.py is there to count them on recorded losses).
 
     growth: of what is seen from one look to the next, at least. More of it makes fewer looks, on more pieces in all.
+    InputError where these are none.
     """
 
     epsilon: float = 0.003
     delta: float = 0.05
     seed: int = 0
     growth: float = 1.25
+
+    def __post_init__(self) -> None:
+        if not (self.epsilon >= 0 and 0 < self.delta < 1 < self.growth):
+            fix = "give epsilon of 0 or more, delta between 0 and 1, and growth above 1"
+            raise InputError(f"{self} is out of range", fix=fix)
 
     def run(self, problem: Problem, masks: Sequence[Mask], keep: int = 1, before: Earlier = ()) -> Running:
         """Yield `Pieces`, to be sent values, and return what came of it.

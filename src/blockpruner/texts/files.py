@@ -14,8 +14,9 @@ import logging
 import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from blockpruner.errors import BlockprunerError, InputError, missing_extra
 from blockpruner.texts.chats import Render, chat, no_template
@@ -247,7 +248,7 @@ def _ending(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[BufferedIOBase]:
     """The bytes of a file, unpacked where its name says that they are packed."""
     try:
         status = path.stat()
