@@ -155,7 +155,6 @@ class Bench:
         }
         if self.file.exists():
             figures = json.loads(self.file.read_text(encoding="utf-8"))
-            figures["rows"] = [row for row in figures["rows"] if "failed" not in row]  # they are tried again
             if figures["settings"] != settings:
                 raise InputError(f"{self.file} was begun with other settings", fix="give another --json")
             return figures
@@ -192,7 +191,8 @@ class Bench:
 
     def do(self, run: Run) -> None:
         """The rows of one run, unless they are there."""
-        if all(self.found(run, text) for text in self.texts):
+        held = [self.found(run, text) for text in self.texts]
+        if all(row and "failed" not in row for row in held):
             return
         print(f"--- {run}", flush=True)
         try:
@@ -200,7 +200,7 @@ class Bench:
         except BlockprunerError as error:
             new = [{**self._named(run), "text": text, "failed": str(error)} for text in self.texts]
             print(f"    failed: {error}", flush=True)
-        self.figures["rows"] = [*self.rows, *new]
+        self.figures["rows"] = [*(row for row in self.rows if row not in held), *new]
         part = self.file.with_suffix(".part")
         part.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
         part.replace(self.file)
@@ -243,6 +243,7 @@ class Bench:
         )
         gaps = [gap.model_dump(mode="json", exclude={"curve"}) for gap in record.gaps]
         said = {"tokens": record.tokens[0], "applied": record.applied, "reason": record.reason, "gaps": gaps}
+        said |= {"held_out": {"pruned": _told(record.pruned), "recovered": _told(record.recovered)}}
         trained = any(isinstance(method, Trained) for method in chain)
         return repair, {**said, "trained_tokens": self.options.trained if trained else 0}
 

@@ -7,8 +7,9 @@ of these. The law of the rehearsal's losses is a guess after the first step of a
 what races save is an extrapolation; the counts of the other searches are not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ from racing import published
 from search_cost import commit
 
 from blockpruner.artifacts import Work
+from blockpruner.blocks import Mask
+from blockpruner.engine.masktree import sweep_traffic
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.searches.exhaustive import Exhaustive
 from blockpruner.searches.greedy import STREAMED, Greedy
 from blockpruner.searching import driver
@@ -26,17 +30,19 @@ from blockpruner.searching.rehearsal import Rehearsal
 
 TOKENS = 32768
 SHARE = 0.4  # of a card's peak that a forward pass reaches
+MEMORY = 64 * 2**30  # for states; what is beyond it is written to disk, and read again
 SEARCHES = {"`exhaustive`": Exhaustive(), "`greedy`": Greedy(), "`greedy`, streamed": Greedy(growth=STREAMED)}
 CARDS = {"A100 (312 TFLOP/s in bfloat16)": 312e12, "H100 SXM (989 TFLOP/s in bfloat16)": 989e12}
 PAGE = Path("docs/scale.md")
 
 
 class Row(NamedTuple):
-    """A search: its name, its work, and how often it would read all layers from disk."""
+    """A search and its work; where weights are streamed, how often all layers are read, and bytes of states spilled."""
 
     name: str
     work: Work
     reads: int
+    spilled: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,20 @@ def main() -> None:
         blocks = 2 * large.layers
         rows = [Row("published loop", published(ready, large.removed), sum(blocks - n for n in range(large.removed)))]
         for name, search in SEARCHES.items():
-            requests = list[object]()
-            found = driver.run(search, problem, Rehearsal(ready, told=requests.append))
-            rows.append(Row(name, found.work, len(requests)))
+            spilled = list[int]()
+            told = partial(count_spilled, ready, large, spilled)
+            found = driver.run(search, problem, Rehearsal(ready, told=told))
+            rows.append(Row(name, found.work, len(spilled), sum(spilled)))
             print(large.name, name, flush=True)
         tables.append(table(large, rows))
     PAGE.write_text(page(tables), encoding="utf-8")
+
+
+def count_spilled(ready: ModelObjective, large: Large, spilled: list[int], asked: Mapping[int, Sequence[Mask]]) -> None:
+    """Add what one request would spill, with states of the large model's width in bfloat16."""
+    state = 2 * large.hidden * TOKENS // ready.batches
+    layers = ready.anatomy.stacks[0].layers
+    spilled.append(sweep_traffic(layers, {batch: (masks, state) for batch, masks in asked.items()}, MEMORY).spilled)
 
 
 def operations(large: Large, work: Work) -> float:
@@ -92,15 +106,17 @@ def table(large: Large, found: Sequence[Row]) -> str:
     rows = [
         f"### {large.name}: {large.removed} of {2 * large.layers} blocks, {TOKENS:,} tokens",
         "",
-        f"| search | block-tokens | head-tokens | 10^18 operations | {heads} | TB read, if weights are streamed |",
-        "| --- | ---: | ---: | ---: | ---: |" + " ---: |" * len(CARDS),
+        f"| search | block-tokens | head-tokens | 10^18 operations | {heads} | TB read | TB spilled |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(CARDS),
     ]
-    for name, work, reads in found:
+    for name, work, reads, spilled in found:
         total = operations(large, work)
         hours = " | ".join(f"{total / (SHARE * peak) / 3600:,.3g}" for peak in CARDS.values())
         blocks = work.attention_tokens + work.mlp_tokens
-        read = f"{reads * stack / 1e3:,.3g}"
-        rows.append(f"| {name} | {blocks:.3g} | {work.head_tokens:.3g} | {total / 1e18:,.3g} | {hours} | {read} |")
+        read, moved = f"{reads * stack / 1e3:,.3g}", f"{spilled / 1e12:,.3g}" if reads else "-"
+        rows.append(
+            f"| {name} | {blocks:.3g} | {work.head_tokens:.3g} | {total / 1e18:,.3g} | {hours} | {read} | {moved} |"
+        )
     state, prefixes = 2 * large.hidden / 2**20, 2 * large.layers
     rows += [
         "",
@@ -119,21 +135,24 @@ def page(tables: list[str]) -> str:
 Made by `python benchmarks/scale.py` (commit {commit()[:12]}). Counts come from searches that are rehearsed on models of
 the same depth; a layer counts two operations per parameter and token, attention over {WINDOW} tokens of context is left
 out (under 2 %). Hours assume that a forward pass reaches {SHARE:.0%} of the card's peak
-({cards}).
-Neither hours nor that share were measured: no such card was at hand. The published loop evaluates every candidate on
+({cards}); Llama 3 405B was trained at 38 to 43 % of it (arXiv 2407.21783, table 4).
+Hours were not measured: no such card was at hand. The published loop evaluates every candidate on
 every token with a full pass; `exhaustive` shares prefixes; `greedy` races, and what races save is extrapolated from a
 model of 270 million parameters. Where weights are streamed, races take fewer looks at more text
-(`growth={STREAMED:g}`); the published loop would read the weights once for each candidate at the least.
+(`growth={STREAMED:g}`); the published loop would read the weights once for each candidate at the least. The last two
+columns are what `--stream --memory {MEMORY // 2**30}GiB` would move: weights are read, states that have no room are
+written and read again. `exhaustive` reads weights least and spills most: it has all prefixes of all text at a layer at
+once.
 
 {(chr(10) * 2).join(tables)}
 
 ## Larger than memory, more than one machine
 
 `--stream` keeps the weights on disk and reads each layer once for all the masks of a request; `--memory` bounds the
-states. `--workers N` (or `--ray auto`) gives each process its own copy of the weights, so it is for models that fit on
-one card or in one machine's memory. Neither changes a loss, and workers change no plan; with `--stream` a race looks at
-more text at a time, so that it may end in another of the moves that are within epsilon of each other. Fewer tokens are
-the cheapest saving of all: `--dry-run` says the price.
+states. `--workers N` (or `--ray auto`) gives each process its own copy of the weights, and the first process keeps one
+beside them: N + 1 copies, two of them on the first card. Neither changes a loss, and workers change no plan; with
+`--stream` a race looks at more text at a time, so that it may end in another of the moves that are within epsilon of
+each other. Fewer tokens are the cheapest saving of all: `--dry-run` says the price.
 """
 
 

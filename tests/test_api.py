@@ -53,6 +53,14 @@ def test_a_search_in_python_and_one_on_the_command_line_write_the_same_plan(
     assert bp.Plan.load(tmp_path / "python" / "plan.json") == plan
 
 
+def test_a_search_in_python_ends_within_its_budget(loaded, prose):
+    options = {**SEARCH, "search": "exhaustive"}
+    found = bp.search(loaded.model, loaded.tokenizer, calibration=str(prose), budget=12, **options)
+    assert "budget" in str(found.stop_reason)
+    assert found.evaluations == 9
+    assert len(found.steps) == 1
+
+
 def test_inspect_proves_the_blocks(loaded):
     anatomy = bp.inspect(loaded.model)
     assert set(anatomy.parts) == {bp.Block(kind, layer) for kind in ("attention", "mlp") for layer in range(4)}

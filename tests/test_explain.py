@@ -28,6 +28,7 @@ from blockpruner.inquiry import CHEAP, inquiry_on
 from blockpruner.journal import Journal
 from blockpruner.loading.models import load
 from blockpruner.plan import Plan
+from blockpruner.repairs.closed_form import RIDGES
 from blockpruner.subject import subject_of
 from blockpruner.surgery.removal import skipped
 from blockpruner.texts.calibration import CalibrationRecord, load_calibration
@@ -176,9 +177,10 @@ def linear_share(states, fit, rest, power):
     x, other = torch.cat(given[:12]), torch.cat(given[12:])
     centred, y = x - x.mean(0), fit - fit.mean(0)
     found = []
-    for ridge in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
-        level = ridge * centred.square().mean() * len(x)
-        weight = torch.linalg.solve(centred.T @ centred + level * torch.eye(x.shape[1]), centred.T @ y)
+    for ridge in RIDGES:
+        level = centred.square().sum(0)
+        level = ridge * level.clamp_min(level.median())
+        weight = torch.linalg.solve(centred.T @ centred + torch.diag(level), centred.T @ y)
         made = (other - x.mean(0)) @ weight + fit.mean(0)
         found.append(1 - float((rest - made).square().sum(-1).mean() / power))
     return max(found)

@@ -65,17 +65,36 @@ def test_without_a_ridge_it_is_the_least_squares_solution(constant):
     torch.testing.assert_close(found.bias, expected[-1] if constant else torch.zeros_like(found.bias))
 
 
+@pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("constant", [True, False])
-def test_the_gradient_of_the_penalised_error_vanishes_at_the_map(constant):
+def test_the_gradient_of_the_penalised_error_vanishes_at_the_map(constant, alike):
     x, y = planted()
     ridge = 0.3
-    found = ridge_map(sums_of(x, y), "it", ridge=ridge, constant=constant)
+    found = ridge_map(sums_of(x, y), "it", ridge=ridge, constant=constant, alike=alike)
     weight, bias = found.weight.clone().requires_grad_(), found.bias.clone().requires_grad_()
-    spread = (x - x.mean(0) if constant else x).square().mean()
-    loss = (x @ weight + bias - y).square().sum(1).mean() + ridge * spread * weight.square().sum()
+    spread = (x - x.mean(0) if constant else x).square().mean(0)
+    spread = torch.full_like(spread, float(spread.mean())) if alike else spread.clamp_min(spread.median())
+    loss = (x @ weight + bias - y).square().sum(1).mean() + ridge * (spread @ weight.square()).sum()
     slopes = torch.autograd.grad(loss, [weight, bias])
     assert float(slopes[0].abs().max()) < 1e-9
     assert not constant or float(slopes[1].abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_few_inputs_that_are_much_larger_than_the_rest_do_not_set_the_price_for_all(rank):
+    x, y = planted()
+    variances = x.var(0)
+    units = torch.where(variances > variances.median(), 1e3, 1.0).double()
+    plain, scaled = (ridge_map(sums_of(each, y), "it", ridge=0.3, rank=rank) for each in (x, x * units))
+    torch.testing.assert_close(scaled.weight * units[:, None], plain.weight)
+    torch.testing.assert_close(scaled.bias, plain.bias)
+
+
+def test_inputs_that_hardly_vary_have_no_large_weights():
+    x, y = planted()
+    faint = torch.cat([x, 1e-6 * draw(len(x), 2, seed=7)], dim=1)
+    found = ridge_map(sums_of(faint, y), "it", ridge=1e-3)
+    assert float(found.weight[-2:].abs().max()) < 1e-3 * float(found.weight.abs().max())
 
 
 def truncated(found, rank, x_mean, y_mean):
@@ -102,11 +121,12 @@ def test_a_map_of_lower_rank_is_better_than_the_full_one_cut_by_its_singular_val
 def test_no_descent_from_anywhere_finds_a_better_map_of_that_rank(rank, ridge):
     x, y = planted(inputs=6, outputs=5)
     found = ridge_map(sums_of(x, y), "it", ridge=ridge, rank=rank)
-    penalty = ridge * float((x - x.mean(0)).square().mean())
+    spread = (x - x.mean(0)).square().mean(0)
+    penalty = ridge * spread.clamp_min(spread.median())
     centred_x, centred_y = x - x.mean(0), y - y.mean(0)
 
     def value(weight):
-        return (centred_x @ weight - centred_y).square().sum(1).mean() + penalty * weight.square().sum()
+        return (centred_x @ weight - centred_y).square().sum(1).mean() + (penalty @ weight.square()).sum()
 
     best = float(value(found.weight))
     for seed in range(3):

@@ -15,10 +15,9 @@ from blockpruner.errors import InputError, UnsupportedModelError
 from blockpruner.recoveries import parse_recovery
 from blockpruner.recovering import recover
 from blockpruner.repairs import side_by_side
-from blockpruner.repairs.closed_form import RIDGES
 from blockpruner.repairs.pupil import Ends
 from blockpruner.repairs.recovery import Bench
-from blockpruner.repairs.refitting import FOLDED, between, scale_of
+from blockpruner.repairs.refitting import FOLDED, RIDGES, between, scale_of
 from blockpruner.repairs.updates import stream_after
 from blockpruner.surgery import checkpoint
 from blockpruner.surgery.checkpoint import save_pruned

@@ -84,17 +84,19 @@ def search(
     calibration: Path | str,
     run: Path | str | None = None,
     progress: Progress | None = None,
+    budget: int | None = None,
     crew: Crew | None = None,
     **options: Unpack[SearchOptions],
 ) -> Plan:
     """Find which blocks of `model` to remove: the plan that `blockpruner search` with these options writes.
 
     run: a folder for the journal and the plan, from which the same call resumes; None keeps nothing.
+    budget: masks to evaluate at most, the whole model's included; what was found by then is the plan.
     crew: workers that load `model` by its name, see `hands.Crew`; one that is in memory alone must be saved first.
     """
     costs = None if run is None else Path(run) / "costs.json"
     task = prepare(_subject(model, tokenizer), target=target, calibration=str(calibration), costs=costs, **options)
-    return find_plan(task, None if run is None else Path(run), progress, crew=crew)
+    return find_plan(task, None if run is None else Path(run), progress, budget, crew)
 
 
 def score(

@@ -64,7 +64,7 @@ class Spill(Generic[K]):
         self,
         memory: int | None = None,
         folder: Path | None = None,
-        fix: str = "give more --memory, or free some disk space",
+        fix: str = "give more --memory, free some disk space, or name another folder in TMPDIR",
     ) -> None:
         self.ledger = Ledger[K](memory)
         self._fix = fix

@@ -16,9 +16,9 @@ class Linear:
 
     rank: of A at most, the best of that rank in the metric of the outputs; 0 is full. regressor: x is the block's own
     normed `input`, or the `stream`; `auto` takes what has the smaller error on held-out text, block by block. ridge:
-    penalty on |A|^2 beside the mean variance of an entry of x; `auto` has held-out text choose. sinks: the weight of
-    the first position of every row. target: what the `block` would add to the pruned model's stream, or what brings
-    that to the `dense` model's stream behind the block.
+    penalty on |A|^2 beside the median variance of an entry of x, more where an entry varies more; `auto` has held-out
+    text choose. sinks: the weight of the first position of every row. target: what the `block` would add to the pruned
+    model's stream, or what brings that to the `dense` model's stream behind the block.
     """
 
     rank: int = 0

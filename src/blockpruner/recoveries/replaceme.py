@@ -15,8 +15,8 @@ class ReplaceMe:
 
     With m what that block adds and d what the run would have: m (I + B) is nearest to m + d in least squares. The paper
     cuts one run of layers behind an mlp; here every run of a plan has its map, behind an attention block as well.
-    ridge: penalty on |B|^2 (the paper: on |I + B|^2, 0) beside the mean square of an entry of m; `auto` has held-out
-    text choose. sinks, target: see `linear`. InputError where nothing can be folded (`folding.foldable` says why).
+    ridge: penalty on |B|^2 (the paper: on |I + B|^2, 0), see `linear`; `auto` has held-out text choose. sinks, target:
+    see `linear`. InputError where nothing can be folded (`folding.foldable` says why).
 
     In a chain: what a method after it would map of a block's own update has been made up for here, so that `bias`,
     `linear` and `adapter:loss=block` leave those gaps alone and fill the others. `linear:target=dense`, `span` and this

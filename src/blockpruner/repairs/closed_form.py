@@ -23,7 +23,7 @@ from blockpruner.standin import Replacement, normed
 from blockpruner.surgery.gaps import Gap, Repair, device_of, gaps
 from blockpruner.texts.examples import Examples
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean variance of an input: those that held-out text chooses from
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # those that held-out text chooses from, see `ridge_map`
 
 WORSE = "held-out text is better off without it"
 TAKEN = "something stands there already; put first the method that is to fill it"
@@ -175,9 +175,9 @@ def regressors_of(regressor: Regressor, model: PreTrainedModel, gap: Gap) -> tup
     ]
 
 
-def ridges(ridge: Ridge) -> tuple[float, ...]:
+def ridges(ridge: Ridge, known: tuple[float, ...] = RIDGES) -> tuple[float, ...]:
     """Those to try."""
-    return RIDGES if ridge == "auto" else (float(ridge),)
+    return known if ridge == "auto" else (float(ridge),)
 
 
 def chosen(sums: Sums, given: Given, form: ClosedForm, what: str) -> Fitted:

@@ -114,24 +114,32 @@ def mean_map(sums: NormalEquations, what: str) -> LinearMap:
 
 
 def ridge_map(
-    sums: NormalEquations, what: str, *, ridge: float = 0.0, rank: int = 0, constant: bool = True
+    sums: NormalEquations, what: str, *, ridge: float = 0.0, rank: int = 0, constant: bool = True, alike: bool = False
 ) -> LinearMap:
-    """The map that minimises the mean of |x A + b - y|^2 + ridge * m * |A|^2, m the mean variance of an entry of x.
+    """The map that minimises the mean of |x A + b - y|^2 + ridge * sum over i of d_i |A_i|^2.
 
-    constant: whether there is a b, which is not penalised; without one it is zero, and m the mean square of an entry.
+    d_i is the variance of x_i, and at least the median of all variances: on x as it is, a few channels of a stream that
+    are hundreds of times as large as the rest would set the price for all; by the variance alone, inputs that hardly
+    vary would have large weights for nothing. alike: d is the mean variance instead, for all inputs.
+    constant: whether there is a b, which is not penalised; without one it is zero, and variances are mean squares.
     rank: of A at most; 0 is full. The best A of rank r is A V V^T, where A is the best of all and V [outputs, r] the
-    leading eigenvectors of C_yx (C_xx + ridge m I)^-1 C_xy, the covariance of what A makes of x (and of the rows that
-    stand for the ridge): what is kept is what matters in y, which a singular value decomposition of A does not see.
-    Source: reduced-rank regression, Izenman 1975.
+    leading eigenvectors of C_yx (C_xx + ridge diag d)^-1 C_xy, the covariance of what A makes of x (and of the rows
+    that stand for the ridge): what is kept is what matters in y, which a singular value decomposition of A does not
+    see. Source: ridge regression on inputs of one variance, Hoerl and Kennard 1970; reduced-rank regression, Izenman
+    1975.
     InputError, naming `what`, for too few tokens, and for inputs that are not independent where there is no ridge.
     """
     sums.check(what)
     _check_enough(sums, what, ridge, rank)
     xx, xy = sums.products(centred=constant)
-    spread = xx.diagonal().mean()
-    if not float(spread) > 0:
+    variances = xx.diagonal()
+    mean = variances.mean()
+    if not float(mean) > 0:
         raise InputError(f"what reaches {what} is the same for every token, so it tells nothing", fix="use bias")
-    factor, failed = torch.linalg.cholesky_ex(xx + ridge * spread * torch.eye(len(xx)).to(xx))
+    least = torch.maximum(variances.median(), SMALLEST * mean)
+    scale = (mean.expand_as(variances) if alike else variances.clamp_min(least)).sqrt()
+    xx, xy = xx / scale / scale[:, None], xy / scale[:, None]  # of x / scale, whose map is scale * A
+    factor, failed = torch.linalg.cholesky_ex(xx + ridge * torch.eye(len(xx)).to(xx))
     pivots = factor.diagonal().square()
     if int(failed) or not float(pivots.min()) > SMALLEST * float(pivots.max()):
         raise InputError(
@@ -143,6 +151,7 @@ def ridge_map(
     if rank:
         leading = torch.linalg.eigh(xy.T @ best).eigenvectors[:, -rank:]
         down, up = best @ leading, leading.T
+    down = down / scale[:, None]
     x, y = sums.means
     mapped = x @ down if up is None else x @ down @ up
     return LinearMap(down, up, y - mapped if constant else torch.zeros_like(y))

@@ -52,6 +52,7 @@ from blockpruner.searching.contract import DENSE
 from blockpruner.surgery.gaps import UNREPAIRED, Gap, Repair, device_of, gaps
 from blockpruner.texts.examples import Examples
 
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # with less, changes are many times as large as what they change
 ROUNDS = 20  # of finding gain and scale, each from the other
 NEAR, STEPS = 1e-4, 8  # what a block adds is proved to so much of itself, and so many steps of the stream's rounding
 HEARD = 100  # power of what is added in a channel, beside that of the rounding there, from which on its gain is known
@@ -107,7 +108,9 @@ def _refitted(
     look, bias = _Look(walk, layer, part, place, repair, sinks), place.bias is not None
     try:
         sums, before = look.sums(), look.missing(repair)
-        tried = [(look.with_map(ridge_map(sums, str(part.block), ridge=r, constant=bias)), r) for r in ridges(ridge)]
+        tries = ridges(ridge, RIDGES)
+        maps = [(ridge_map(sums, str(part.block), ridge=r, constant=bias, alike=True), r) for r in tries]
+        tried = [(look.with_map(each), r) for each, r in maps]
     except InputError as error:
         return repair, left_alone("", place.weight, error.what)
     if not before:
