@@ -195,6 +195,44 @@ def test_a_whole_model_can_be_trained_too_as_a_ceiling(learned):
     assert (repair == UNREPAIRED) == (record.gaps[0].curve[-1].loss >= record.gaps[0].curve[0].loss)
 
 
+def test_lora_trains_what_stands_in_gaps_too_if_it_is_told(learned):
+    closed, _ = mended(learned, "linear:rank=8")
+    apart, plain = mended(learned, f"linear:rank=8,{LORA}")
+    together, record = mended(learned, f"linear:rank=8,{LORA},maps=true")
+    assert record.recovered.value < plain.recovered.value
+    assert record.added_parameters == plain.added_parameters
+    for path, module in closed.replacements.items():
+        assert torch.equal(apart.replacements[path].down, module.down)
+        assert not torch.equal(together.replacements[path].down, module.down)
+        assert not together.replacements[path].down.requires_grad
+        assert together.replacements[path].spec == module.spec
+    assert set(together.weights) == set(apart.weights)
+    model, anatomy, text = learned
+    bench = Bench(model, anatomy, MASK, text.part(8, 32), text.part(0, 8), start=closed)
+    frozen, counted = (next(iter(parse_chain(f"{LORA}{more}"))) for more in ("", ",maps=true"))
+    assert isinstance(frozen, Trained)
+    assert isinstance(counted, Trained)
+    assert counted.numbers(bench) == frozen.numbers(bench) + closed.added_parameters
+
+
+def test_hidden_states_are_taught_to_lora_too(learned):
+    """Beside a loss on predictions, so that streams end nearer to the dense ones than by that alone."""
+    model, anatomy, text = learned
+
+    def off(repair):
+        with torch.no_grad(), evaluating(model):
+            whole = model(**text.inputs, output_hidden_states=True).hidden_states[1:-1]
+            with repaired(model, anatomy, MASK, repair):
+                found = model(**text.inputs, output_hidden_states=True).hidden_states[1:-1]
+        return sum(float((s - t).square().sum() / t.square().sum()) for s, t in zip(found, whole, strict=True))
+
+    alone, beside = (mended(learned, f"{LORA},loss=kl{more},patience=0")[0] for more in ("", ",hidden=10"))
+    assert off(beside) < off(alone)
+    (method,) = parse_chain("lora:hidden=0.5")
+    assert isinstance(method, Trained)
+    assert method.taught
+
+
 def test_merged_lora_computes_what_its_factors_did(learned, monkeypatch):
     model, anatomy, text = learned
     seen = []
@@ -387,7 +425,9 @@ def test_commas_separate_methods_and_options_alike():
         ("linear:rank=2,lore", "'lore' is not a known recovery"),
         ("linear,lora:rang=2", "no option 'rang'"),
         ("lora:rank=0", "no LoRA with rank=0"),
-        ("distill:hidden=-1", "no distillation"),
+        ("distill:hidden=-1", "nothing is taught"),
+        ("lora:hidden=nan", "finite"),
+        ("lora:loss=fisher,hidden=1", "no hidden states beside it"),
         ("adapter:temperature=0", "no map is trained"),
     ):
         with pytest.raises(InputError, match=said):

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blockpruner.errors import InputError
-from blockpruner.repairs.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.recovery import Bench, GapRecord, Trained, check_taught
 
 if TYPE_CHECKING:
     from blockpruner.surgery.gaps import Repair
@@ -37,15 +36,10 @@ class Distill(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0 or self.hidden < 0:
-            raise InputError(
-                f"there is no distillation with temperature={self.temperature} and hidden={self.hidden}",
-                fix="give a temperature above 0, and hidden of 0 or more",
-            )
-        if self.loss == "fisher" and (self.hidden or self.temperature != 1):
-            raise InputError("loss=fisher has no temperature and no hidden states beside it", fix="leave them out")
+        check_taught(self.loss, self.temperature, self.hidden)
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
+        from blockpruner.repairs.fisher import Taught
         from blockpruner.repairs.tuning import train_weights
 
-        return train_weights(bench, self, self.loss, self.temperature, self.hidden)
+        return train_weights(bench, self, Taught(self.loss, self.temperature, self.hidden))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from blockpruner.errors import InputError
-from blockpruner.repairs.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.recovery import Bench, GapRecord, Trained, check_taught
 
 if TYPE_CHECKING:
     from blockpruner.surgery.gaps import Repair
@@ -17,9 +17,10 @@ class Lora(Trained):
     targets: `all` linear projections in blocks, or some, joined by +: `attention`, `mlp` and other kinds of blocks, or
     names of projections (`q_proj+v_proj`); experts that are stacked in one tensor are none, and the record names the
     kinds of blocks that have none. dropout: of what goes into A; the model's own stays off. loss: `lm`, or `kl` from
-    the dense model's predictions, at `temperature`, or `fisher`, that to second order and without logits. Dense model
-    and pruned one are the same weights, with LoRA off and the blocks put back, so there is no second copy. Merging adds
-    no parameters.
+    the dense model's predictions, at `temperature`, or `fisher`, that to second order and without logits. hidden: see
+    `distill`. maps: train what earlier methods put into gaps as well, as it is, without factors. Dense model and pruned
+    one are the same weights, with LoRA off and the blocks put back, so there is no second copy. Merging adds no
+    parameters.
 
     The defaults are Shortened LLaMA's: rank 8, alpha 16, dropout 0.05, AdamW at 1e-4 with 100 steps of warm-up and a
     linear decay, 64 windows a step, 4 at a time, 2 epochs, the best state by held-out loss. Its retraining is
@@ -42,6 +43,8 @@ class Lora(Trained):
     targets: str = "all"
     loss: Literal["lm", "kl", "fisher"] = "lm"
     temperature: float = 1.0
+    hidden: float = 0.0
+    maps: bool = False
 
     title: ClassVar[str] = "LoRA"
     source: ClassVar[str] = "Hu et al. 2021; Shortened LLaMA, Kim et al. 2024, arXiv 2402.02834"
@@ -51,21 +54,24 @@ class Lora(Trained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1 or not self.temperature > 0:
+        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
             raise InputError(
-                f"there is no LoRA with rank={self.rank}, alpha={self.alpha}, dropout={self.dropout} and "
-                f"temperature={self.temperature}",
-                fix="give a rank of 1 or more, alpha and temperature above 0, and dropout from 0 to below 1",
+                f"there is no LoRA with rank={self.rank}, alpha={self.alpha} and dropout={self.dropout}",
+                fix="give a rank of 1 or more, alpha above 0, and dropout from 0 to below 1",
             )
+        check_taught(self.loss, self.temperature, self.hidden)
 
     def numbers(self, bench: Bench) -> int:
         from blockpruner.repairs.factors import lora_targets
 
         found = lora_targets(bench.model, bench.anatomy, bench.mask, self.targets)
-        return sum(self.rank * sum(module.weight.shape) for module in found.values())
+        maps = bench.start.added_parameters if self.maps else 0
+        return maps + sum(self.rank * sum(module.weight.shape) for module in found.values())
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.factors import train_lora
+        from blockpruner.repairs.fisher import Taught
 
         shape = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
-        return train_lora(bench, self, shape, self.targets, self.loss, self.temperature)
+        taught = Taught(self.loss, self.temperature, self.hidden)
+        return train_lora(bench, self, shape, self.targets, taught, maps=self.maps)

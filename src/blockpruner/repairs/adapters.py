@@ -10,7 +10,7 @@ from torch import Tensor
 from blockpruner.errors import UnsupportedModelError
 from blockpruner.repairs.closed_form import MADE_UP, TAKEN, ClosedForm, fill_gaps, left_alone, regressors_of
 from blockpruner.repairs.courses import Number
-from blockpruner.repairs.fisher import Loss, lesson_of
+from blockpruner.repairs.fisher import Loss, Taught
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
 from blockpruner.repairs.teaching import check_predicts
@@ -49,7 +49,7 @@ def train_adapters(
         updates = Updates(bench, places, pupil.repair)
         trace = trained(bench, options, pupil, numbers, updates, updates.measure)
     else:
-        taught = lesson_of(pupil, loss, bench.examples, temperature=temperature)
+        taught = Taught(loss, temperature).lesson(pupil, bench.examples)
         trace = trained(bench, options, pupil, numbers, taught)
     helped = bool(trace.best(bench.force))  # if not, only what has a closed form is worth something
     settings: Told = {"init": init, "loss": loss, **told(options, trace, bench.force)}

@@ -14,11 +14,11 @@ from blockpruner.anatomy.probing import asking, stood_in
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError, missing_extra
 from blockpruner.repairs.courses import Number
-from blockpruner.repairs.fisher import Loss, lesson_of
+from blockpruner.repairs.fisher import Taught
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
 from blockpruner.repairs.teaching import check_predicts
-from blockpruner.repairs.tuning import record_of, told, trained, wide
+from blockpruner.repairs.tuning import live, record_of, still, told, trained, wide
 from blockpruner.surgery.gaps import Repair
 
 
@@ -27,29 +27,39 @@ def train_lora(
     options: Trained,
     shape: Mapping[str, float],
     targets: str,
-    loss: Loss,
-    temperature: float,
+    taught: Taught,
+    *,
+    maps: bool = False,
 ) -> tuple[Repair, tuple[GapRecord, ...]]:
-    """LoRA trained and merged; see the recovery `lora`. shape: rank, alpha and dropout, as peft calls them."""
+    """LoRA trained and merged; see the recovery `lora`. shape: rank, alpha and dropout, as peft calls them.
+
+    maps: whether what stands in gaps is trained too.
+    """
     check_predicts(bench.model, bench.examples)
     found = lora_targets(bench.model, bench.anatomy, bench.mask, targets)
     with asking(bench.model):
-        wrapped = with_factors(found, shape, options)
-        pupil = Pupil(bench.model, bench.anatomy, bench.mask, bench.start, wrapped)
+        wrapped, start = with_factors(found, shape, options), bench.start
+        trying = {path: live(module, options) for path, module in start.replacements.items()} if maps else {}
+        begun = replace(start, replacements={**start.replacements, **trying})
+        pupil = Pupil(bench.model, bench.anatomy, bench.mask, begun, wrapped)
         numbers = {
             f"{path}.{name}": Number(p, p.data)
             for path, module in wrapped.items()
             for name, p in module.named_parameters()
             if "lora_" in name
         }
-        trace = trained(bench, options, pupil, numbers, lesson_of(pupil, loss, bench.examples, temperature=temperature))
+        numbers |= {f"{at}.{name}": Number(p, p.data) for at, m in trying.items() for name, p in m.named_parameters()}
+        trace = trained(bench, options, pupil, numbers, taught.lesson(pupil, bench.examples))
         merged = {} if not trace.best(bench.force) else _merged(bench, wrapped)
     place = f"LoRA on {len(merged) if merged else len(found)} projections"
     beyond = {"no projections in": ", ".join(kinds)} if (kinds := _beyond(bench.anatomy, bench.mask, found)) else {}
-    record = record_of(bench, place, {"loss": loss, **shape, **beyond, **told(options, trace, bench.force)}, trace)
-    if not merged:
-        return bench.start, (record,)
-    return replace(bench.start, weights={**bench.start.weights, **merged}, made_up=bench.mask), (record,)
+    record = record_of(
+        bench, place, {"loss": taught.loss, **shape, **beyond, **told(options, trace, bench.force)}, trace
+    )
+    if not merged and not (trying and trace.best(bench.force)):
+        return start, (record,)
+    filled = {**start.replacements, **{path: still(module, bench.model) for path, module in trying.items()}}
+    return replace(start, replacements=filled, weights={**start.weights, **merged}, made_up=bench.mask), (record,)
 
 
 def lora_targets(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, targets: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ Source: the Fisher information of a softmax, Amari 1998; its mean as a metric fo
 import contextlib
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,18 @@ SAMPLE = 2048  # tokens that the mean is taken over, whole windows
 ROWS = 2**15  # of the head's weights that are multiplied at once
 
 
-def lesson_of(
-    pupil: Pupil, loss: Loss, sample: Examples, *, temperature: float = 1.0, hidden: float = 0.0
-) -> Predictions:
-    """What a pruned model is taught by this loss. sample: text that `fisher` takes its metric from."""
-    if loss == "fisher":
-        return FisherMetric(pupil, sample)
-    return Predictions(pupil, loss, temperature, hidden)
+class Taught(NamedTuple):
+    """What a pruned model is taught; see the recovery `distill`."""
+
+    loss: Loss
+    temperature: float = 1.0
+    hidden: float = 0.0
+
+    def lesson(self, pupil: Pupil, sample: Examples) -> Predictions:
+        """sample: text that `fisher` takes its metric from."""
+        if self.loss == "fisher":
+            return FisherMetric(pupil, sample)
+        return Predictions(pupil, self.loss, self.temperature, self.hidden)
 
 
 class FisherMetric(Predictions):

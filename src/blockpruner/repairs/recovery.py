@@ -230,7 +230,7 @@ class Trained:
     @property
     def taught(self) -> bool:
         """Whether the dense model runs beside the one that is trained."""
-        return self.teacher or getattr(self, "loss", "lm") != "lm"
+        return self.teacher or getattr(self, "loss", "lm") != "lm" or bool(getattr(self, "hidden", 0.0))
 
     def windows(self, held: int, tokens: int) -> int:
         """How many windows are seen in all, of `held` windows of so many tokens."""
@@ -272,3 +272,14 @@ class Trained:
 
     def added_parameters(self, inputs: int, outputs: int) -> int:
         return 0
+
+
+def check_taught(loss: str, temperature: float, hidden: float) -> None:
+    """InputError for what nothing can be taught with."""
+    if not temperature > 0 or not hidden >= 0:
+        raise InputError(
+            f"nothing is taught with temperature={temperature} and hidden={hidden}",
+            fix="give a temperature above 0, and hidden of 0 or more",
+        )
+    if loss == "fisher" and (hidden or temperature != 1):
+        raise InputError("loss=fisher has no temperature and no hidden states beside it", fix="leave them out")

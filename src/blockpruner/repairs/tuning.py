@@ -17,7 +17,7 @@ from blockpruner.blocks import Mask, format_mask
 from blockpruner.errors import InputError
 from blockpruner.loading.models import computation
 from blockpruner.repairs.courses import Course, Lesson, Number, Trace
-from blockpruner.repairs.fisher import Loss, head_of, lesson_of
+from blockpruner.repairs.fisher import Taught, head_of
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
 from blockpruner.repairs.teaching import Predictions, check_predicts
@@ -31,9 +31,7 @@ Told = dict[str, str | int | float]
 Gauge = Callable[[Examples], float]  # what is measured of text on which nothing is predicted
 
 
-def train_weights(
-    bench: Bench, options: Trained, loss: Loss, temperature: float = 1.0, hidden: float = 0.0
-) -> tuple[Repair, tuple[GapRecord, ...]]:
+def train_weights(bench: Bench, options: Trained, taught: Taught) -> tuple[Repair, tuple[GapRecord, ...]]:
     """New values for all parameters that are left, replacements too; see `distill` and `continued`.
 
     Without the head for `fisher`, which does not see it.
@@ -41,16 +39,18 @@ def train_weights(
     check_predicts(bench.model, bench.examples)
     maps = {path: live(module, options) for path, module in bench.start.replacements.items()}
     left = left_of(bench)
-    if loss == "fisher":
+    if taught.loss == "fisher":
         head = head_of(bench.model).weight
         left = {name: parameter for name, parameter in left.items() if parameter is not head}
 
-    def taught(pupil: Pupil) -> tuple[Lesson, None]:
-        return lesson_of(pupil, loss, bench.examples, temperature=temperature, hidden=hidden), None
+    def lesson(pupil: Pupil) -> tuple[Lesson, None]:
+        return taught.lesson(pupil, bench.examples), None
 
-    made, trace = tuned(bench, options, left, taught, maps=maps)
+    made, trace = tuned(bench, options, left, lesson, maps=maps)
     numbers = len(left) + sum(len(list(module.parameters())) for module in maps.values())
-    record = record_of(bench, f"all {numbers} parameters", {"loss": loss, **told(options, trace, bench.force)}, trace)
+    record = record_of(
+        bench, f"all {numbers} parameters", {"loss": taught.loss, **told(options, trace, bench.force)}, trace
+    )
     return made, (record,)
 
 
