@@ -4,7 +4,7 @@
 
 One in twelve of the blocks of tiny Llama models goes, by three searches: the published loop (every candidate, every
 token, a full pass), `exhaustive` and `greedy`. Work is counted in block-tokens and head-tokens. What a race needs
-depends on the losses, which are those of a rehearsal: their law is a guess after a real model's first step. The counts
+depends on the losses, which are those of a rehearsal: their law is that of a real model's first five steps. The counts
 of the exhaustive search are set beside those of a real run on the shallowest model, whose winners are others. Beside
 the JSON lies a picture with the fitted exponents.
 """

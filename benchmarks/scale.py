@@ -3,8 +3,8 @@
     python benchmarks/scale.py
 
 The searches are rehearsed on tiny models of the same depth as the large ones; their counts are multiplied by the sizes
-of these. The law of the rehearsal's losses is a guess after the first step of a small model (`rehearsal.py`), so that
-what races save is an extrapolation; the counts of the other searches are not.
+of these. The law of the rehearsal's losses is that of five steps on a small model (`rehearsal.py`), so that what races
+save is an extrapolation; the counts of the other searches are not.
 """
 
 from collections.abc import Mapping, Sequence
