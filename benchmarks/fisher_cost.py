@@ -23,7 +23,7 @@ from blockpruner.loading.models import load
 from blockpruner.objectives.loss import Loss
 from blockpruner.plan import Plan
 from blockpruner.repairs.factors import lora_targets, with_factors
-from blockpruner.repairs.fisher import FisherMetric, lesson_of
+from blockpruner.repairs.fisher import FisherMetric, Taught
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Trained
 from blockpruner.subject import open_subject
@@ -53,7 +53,7 @@ def main() -> None:
         ("factors", Pupil(model, anatomy, mask, modules=wrapped), small),
     ):
         for loss in ("lm", "kl", "fisher"):
-            lesson: Any = lesson_of(pupil, loss, text)
+            lesson: Any = Taught(loss).lesson(pupil, text)
             with evaluating(model), asking(model, list(numbers.values())):
                 if isinstance(lesson, FisherMetric):
                     _ = lesson.metric  # which is made once
