@@ -101,6 +101,7 @@ def test_where_weights_are_streamed_races_take_few_looks_unless_they_are_told():
     assert parse_search("greedy:growth=2", streamed=True) == Greedy(growth=2.0)
     assert parse_search("greedy") == Greedy(growth=1.25)
     assert parse_search("beam:race=true", streamed=True) == Beam(race=True, growth=4.0)
+    assert parse_search("beam", streamed=True) == Beam()  # which does not race
     assert parse_search("evolution:race=true", streamed=True) == Evolution(race=True, growth=4.0)
     assert parse_search("exhaustive", streamed=True) == Exhaustive()
 

@@ -201,6 +201,9 @@ def test_lora_trains_what_stands_in_gaps_too_if_it_is_told(learned):
     together, record = mended(learned, f"linear:rank=8,{LORA},maps=true")
     assert record.recovered.value < plain.recovered.value
     assert record.added_parameters == plain.added_parameters
+    assert [step.gaps[-1].settings.get("maps") for step in (*plain.steps, *record.steps)] == [None, None, None, 2]
+    with pytest.raises(InputError, match="nothing stands in the gaps"):
+        mended(learned, f"{LORA},maps=true")
     for path, module in closed.replacements.items():
         assert torch.equal(apart.replacements[path].down, module.down)
         assert not torch.equal(together.replacements[path].down, module.down)

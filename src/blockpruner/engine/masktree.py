@@ -178,16 +178,16 @@ class MaskTree:
 
         Each layer is called twice, and what the first call takes longer is for weights that were not there yet.
         """
-        calls, device = self.calls(inputs), self.model.device
+        calls = self.calls(inputs)
         state = _stream(calls[0], self.layers[0])
         computing = reading = 0.0
         for layer, call in zip(self.layers, calls, strict=True):
-            start = now(device)
+            start = now(self.model)
             with at_hand(self.model.get_submodule(layer.path)):
                 self._step(layer, call, state, frozenset())
-                middle = now(device)
+                middle = now(self.model)
                 state = self._step(layer, call, state, frozenset())
-                end = now(device)
+                end = now(self.model)
             computing += end - middle
             reading += max(0.0, (middle - start) - (end - middle))
         return state, computing, reading

@@ -257,7 +257,7 @@ class ModelObjective(BatchByBatch):
     @cached_property
     def _pace(self) -> Pace:
         """Cost: two passes of the whole model over one micro-batch; where weights are streamed, they are read once."""
-        part, device = self._parts[0].to(self.model.device), self.model.device
+        part, read = self._parts[0].to(self.model.device), self._read_bytes
         sides = 1 + self.measure.compares
         heads = len(part.targets) * len(positions_of(part)) * sides
         blocks = sum(
@@ -265,15 +265,15 @@ class ModelObjective(BatchByBatch):
         )
         with evaluating(self.model):
             if self.fallback:  # each pass reads the weights
-                start = now(device)
+                start = now(self.model)
                 list(self._rows_of_passes([DENSE], part))
-                rate = (now(device) - start) / (blocks * sides + heads)
+                rate = (now(self.model) - start) / (blocks * sides + heads)
                 return Pace(rate, rate)
             state, computing, reading = self._tree.timed(part.inputs)
-            start = now(device)
+            start = now(self.model)
             self._sums({DENSE: state}, state if self.measure.compares else None, part, self._head)
-            losing = now(device) - start
-        return Pace(computing / max(1, blocks), losing / max(1, heads), reading / max(1, self._read_bytes))
+            losing = now(self.model) - start
+        return Pace(computing / max(1, blocks), losing / max(1, heads), reading / read if read else 0.0)
 
     def _rows_of_tree(
         self, asked: Mapping[int, Sequence[Mask]], parts: Mapping[int, Examples]

@@ -24,8 +24,9 @@ class Pace:
         return body + self.head * work.head_tokens + self.byte * (moved.read + 2 * moved.spilled)
 
 
-def now(device: torch.device) -> float:
-    """Seconds on a clock that goes on, when all that was asked of the device is done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def now(model: torch.nn.Module) -> float:
+    """Seconds on a clock that goes on, when all is done that was asked of the devices on which the model lies."""
+    for device in {parameter.device for parameter in model.parameters()}:
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(device)
     return time.perf_counter()

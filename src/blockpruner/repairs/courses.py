@@ -61,7 +61,7 @@ class Trace(Artifact):
     """How a training went: looks at the held-out loss, and the step whose numbers are kept (0: as it began)."""
 
     FORMAT: ClassVar[str] = "blockpruner.training"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     identity: str
     step: int

@@ -36,6 +36,8 @@ def train_lora(
     maps: whether what stands in gaps is trained too.
     """
     check_predicts(bench.model, bench.examples)
+    if maps and not bench.start.replacements:
+        raise InputError("nothing stands in the gaps that could be trained", fix="leave out maps, or put linear first")
     found = lora_targets(bench.model, bench.anatomy, bench.mask, targets)
     with asking(bench.model):
         wrapped, start = with_factors(found, shape, options), bench.start
@@ -53,9 +55,8 @@ def train_lora(
         merged = {} if not trace.best(bench.force) else _merged(bench, wrapped)
     place = f"LoRA on {len(merged) if merged else len(found)} projections"
     beyond = {"no projections in": ", ".join(kinds)} if (kinds := _beyond(bench.anatomy, bench.mask, found)) else {}
-    record = record_of(
-        bench, place, {"loss": taught.loss, **shape, **beyond, **told(options, trace, bench.force)}, trace
-    )
+    more = taught.told | ({"maps": len(trying)} if maps else {})
+    record = record_of(bench, place, {**more, **shape, **beyond, **told(options, trace, bench.force)}, trace)
     if not merged and not (trying and trace.best(bench.force)):
         return start, (record,)
     filled = {**start.replacements, **{path: still(module, bench.model) for path, module in trying.items()}}

@@ -39,6 +39,11 @@ class Taught(NamedTuple):
     temperature: float = 1.0
     hidden: float = 0.0
 
+    @property
+    def told(self) -> dict[str, str | int | float]:
+        """What a record says of it: the loss, and what is not as usual."""
+        return {key: value for key, value in self._asdict().items() if value != self._field_defaults.get(key)}
+
     def lesson(self, pupil: Pupil, sample: Examples) -> Predictions:
         """sample: text that `fisher` takes its metric from."""
         if self.loss == "fisher":

@@ -198,7 +198,7 @@ class _Loop:
 
     def _identity(self) -> str:
         course = self.course
-        digest = hashlib.sha256(f"{course.identity} {self.options!r}".encode())
+        digest = hashlib.sha256(f"{Trace.VERSION} {course.identity} {self.options!r}".encode())
         digest.update(f" {course.examples.fingerprint} {course.held_out.fingerprint}".encode())
         for name, master in sorted(self.masters.items()):
             flat = master.detach().flatten()

@@ -48,10 +48,8 @@ def train_weights(bench: Bench, options: Trained, taught: Taught) -> tuple[Repai
 
     made, trace = tuned(bench, options, left, lesson, maps=maps)
     numbers = len(left) + sum(len(list(module.parameters())) for module in maps.values())
-    record = record_of(
-        bench, f"all {numbers} parameters", {"loss": taught.loss, **told(options, trace, bench.force)}, trace
-    )
-    return made, (record,)
+    settings = {**taught.told, **told(options, trace, bench.force)}
+    return made, (record_of(bench, f"all {numbers} parameters", settings, trace),)
 
 
 def left_of(bench: Bench) -> dict[str, nn.Parameter]:

@@ -34,8 +34,10 @@ def parse_search(text: str, *, seed: int = 0, streamed: bool = False) -> Search:
 
     streamed: every look reads the weights, so races take few.
     """
-    few = {"growth": STREAMED} if streamed else {}
-    return parse_method(text, SEARCHES, "search", seed=seed, **few)
+    search = parse_method(text, SEARCHES, "search", seed=seed)
+    if streamed and races(search):
+        return parse_method(text, SEARCHES, "search", seed=seed, growth=STREAMED)
+    return search
 
 
 def races(search: Search) -> bool:

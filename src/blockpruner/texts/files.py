@@ -55,9 +55,9 @@ def read_documents(path: Path, column: str | None, render: Render = no_template)
             return iter([read_text(path)])
         case ".jsonl" | ".json":
             return (_document(_object(value, where), column, where, render) for where, value in json_values(path))
-        case ".parquet":
+        case ".parquet" if path.suffix.lower() != ".gz":
             return _parquet_documents(path, column, render)
-        case suffix if suffix in PACKED:
+        case suffix if suffix in (".parquet", *PACKED):
             raise InputError(f"{path} is a packed file", fix="unpack it first")
         case _:
             kind = "a folder" if path.is_dir() else f"not a {ENDINGS} file"
@@ -156,6 +156,8 @@ def json_values(path: Path) -> Iterator[tuple[str, Any]]:
     """
     if _ending(path) == ".json" and (text := _array(path)):
         values = _parsed(text, str(path), "close the array, and nothing behind it")
+        if not values:
+            raise InputError(f"{path} is empty", fix="give a file with records")
         yield from ((f"{path}, record {number}", value) for number, value in enumerate(values))
         return
     for where, text in _lines(path):
@@ -170,7 +172,9 @@ def _array(path: Path) -> str:
             return ""
         data += file.read(MAX_ARRAY + 1 - len(data))
     if len(data) > MAX_ARRAY:
-        fix = f"write its records on lines of their own: jq -c '.[]' {path.name} > {path.name.partition('.')[0]}.jsonl"
+        name = Path(path.stem) if path.suffix.lower() == ".gz" else path
+        unpack = f"gzip -dc {path.name} | jq -c '.[]'" if name != path else f"jq -c '.[]' {path.name}"
+        fix = f"write its records on lines of their own: {unpack} > {name.stem}.jsonl"
         raise InputError(f"{path} is one JSON array of more than {MAX_ARRAY // 2**20} MiB", fix=fix)
     return _decoded(data, path)
 
@@ -187,7 +191,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 raise InputError(f"{where} is longer than {MAX_LINE} bytes", fix="cut that document into several")
             text = _decoded(line, path, offset=offset)
             offset += len(line)
-            if text.strip():
+            if text := text.strip():
                 yield where, text
 
 
@@ -260,6 +264,8 @@ def _opened(path: Path) -> Iterator[BufferedIOBase]:
         with path.open("rb") as file:
             if path.suffix.lower() == ".gz":
                 with gzip.GzipFile(fileobj=file) as unpacked:
+                    if not unpacked.peek(1):
+                        raise InputError(f"{path} is empty", fix="give a file with text")
                     yield unpacked
             else:
                 yield file
