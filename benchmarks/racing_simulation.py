@@ -12,6 +12,7 @@ A longer text than was recorded is drawn from it with replacement, micro-batch b
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
@@ -142,15 +143,18 @@ def raced(
 
 
 def spread(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per step, of the differences to the best: standard deviation of a piece, how far behind some ranks are, and how
-    alike neighbours are within a micro-batch (correlation of lag 1)."""
-    rows = []
+    """Per step, of the differences to the best: standard deviation of a piece, how far behind some ranks are, how alike
+    neighbours are (correlation of lag 1), and how much is new since the step before: sqrt(1 - r^2), r the correlation
+    with what the same two differed by then."""
+    rows, before = [], dict[str, list[float]]()
     for step in steps:
         flat = {name: [x for part in parts for x in part] for name, parts in step["losses"].items()}
         order = sorted(flat, key=lambda name: statistics.fmean(flat[name]))
         apart = {name: [a - b for a, b in zip(flat[name], flat[order[0]], strict=True)] for name in order[1:9]}
         pairs = [list(pairwise(each)) for each in apart.values()]
         lag = [statistics.correlation(*zip(*pair, strict=True)) for pair in pairs]
+        then = {name: [a - b for a, b in zip(before[name], before[order[0]], strict=True)] for name in apart if before}
+        new = [math.sqrt(1 - statistics.correlation(apart[name], then[name]) ** 2) for name in then]
         rows.append(
             {
                 "best": order[0],
@@ -159,8 +163,10 @@ def spread(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 },
                 "deviation of a piece, first 8": statistics.fmean(map(statistics.stdev, apart.values())),
                 "correlation of neighbours, first 8": statistics.fmean(lag),
+                "new since the step before, first 8": statistics.fmean(new) if new else None,
             }
         )
+        before = flat
     return rows
 
 

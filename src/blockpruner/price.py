@@ -24,10 +24,9 @@ class Price(Record):
     on this machine. None: not known.
 
     Before a search all are those of a rehearsal, and seconds go by what one micro-batch took in this process: workers
-    on devices of their own share them. How the work divides between kinds
-    of blocks depends on which go, so that true counts of a kind differ by more than their sum does (growth.json has
-    both); those of races by some more. Where a rise of the loss ends a search, all are upper bounds. True memory
-    has what a layer makes for itself.
+    on devices of their own share them. How the work divides between kinds of blocks depends on which go, so that true
+    counts of a kind differ by more than their sum does (growth.json has both); those of races by some more. Where a
+    rise of the loss ends a search, all are upper bounds. True memory has what a layer makes for itself.
     """
 
     evaluations: int
@@ -58,7 +57,6 @@ def quote(task: Task) -> Price:
     found, objective = task.rehearsed, task.objective
     passes = found.passes + (0 if task.replacing is None else task.replacing.passes(task.problem.moves(DENSE)))
     draw, drawn = objective.drawing()
-    once = objective.traffic({batch: [DENSE] for batch in range(objective.batches)})
     work, moved = found.result.work + draw, found.moved + drawn
     return Price(
         evaluations=found.result.evaluations,
@@ -66,7 +64,7 @@ def quote(task: Task) -> Price:
         passes=passes,
         traffic=moved,
         memory=objective.held_bytes(moved),
-        seconds=objective.seconds(work, moved) + passes * objective.seconds(objective.whole_pass(), once),
+        seconds=objective.seconds(work, moved) + passes * objective.seconds_of_pass(),
     )
 
 

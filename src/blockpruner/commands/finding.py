@@ -32,6 +32,7 @@ from blockpruner.options import (
 if TYPE_CHECKING:
     from blockpruner.plan import Plan
     from blockpruner.price import Receipt
+    from blockpruner.scoring import Comparison
 
 
 @verb("blockpruner inspect demo")
@@ -102,20 +103,26 @@ def score(
         **texts,
         seed=seed,
     )
-    passes, each = comparison.passes(), comparison.seconds()
-    for name, number in passes.items():
-        say(
-            f"price: {name}: about {number:.3g} forward passes over the data, {duration(number * each)} on this machine"
-        )
+    price = _price_of(comparison)
     if dry_run:
         if as_json:
-            print_json({"passes": passes, "seconds": round(each * sum(passes.values()), 1)})
+            print_json(price)
         return
     table = scored(comparison, run or Path("runs", Path(model).name), Progress(), crew)
     if as_json:
         print_json(table.model_dump(mode="json"))
     else:
         print_scores(table)
+
+
+def _price_of(comparison: "Comparison") -> dict[str, object]:
+    """What scoring costs, said."""
+    passes, each = comparison.passes(), comparison.seconds()
+    for name, number in passes.items():
+        say(
+            f"price: {name}: about {number:.3g} forward passes over the data, {duration(number * each)} on this machine"
+        )
+    return {"passes": passes, "seconds": round(each * sum(passes.values()), 1)}
 
 
 @verb("blockpruner search demo --target blocks=6 --calibration builtin --tokens 1024 --window 256")

@@ -175,8 +175,7 @@ class ModelObjective(BatchByBatch):
         if not self.sampling:
             return Work(), Traffic()
         once = self.whole_pass()
-        moved = self.traffic({batch: [DENSE] for batch in range(self.batches)})
-        return once + Work(head_tokens=once.head_tokens), moved
+        return once + Work(head_tokens=once.head_tokens), self._pass_traffic()
 
     @property
     def drawn(self) -> str:
@@ -253,6 +252,13 @@ class ModelObjective(BatchByBatch):
     def seconds(self, work: Work, moved: Traffic = NOTHING) -> float:
         """How long `work`, with so much to be moved, takes in this process, from one micro-batch that was timed."""
         return self._pace.seconds(work, moved)
+
+    def seconds_of_pass(self, mask: Mask = DENSE) -> float:
+        """How long one forward pass over all data with the whole head takes."""
+        return self.seconds(self.whole_pass(mask), self._pass_traffic(mask))
+
+    def _pass_traffic(self, mask: Mask = DENSE) -> Traffic:
+        return self.traffic({batch: [mask] for batch in range(self.batches)})
 
     @cached_property
     def _pace(self) -> Pace:

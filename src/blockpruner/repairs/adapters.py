@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blockpruner.errors import UnsupportedModelError
 from blockpruner.repairs.closed_form import MADE_UP, TAKEN, ClosedForm, fill_gaps, left_alone, regressors_of
-from blockpruner.repairs.courses import Number
+from blockpruner.repairs.courses import numbers_in
 from blockpruner.repairs.fisher import Loss, Taught
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
@@ -44,7 +44,7 @@ def train_adapters(
     if not places:
         return bench.start, tuple(alone)
     pupil = Pupil(bench.model, bench.anatomy, bench.mask, replace(begun, replacements=maps))
-    numbers = {f"{at}.{name}": Number(p, p.data) for at in places for name, p in maps[at].named_parameters()}
+    numbers = numbers_in({at: maps[at] for at in places})
     if loss == "block":
         updates = Updates(bench, places, pupil.repair)
         trace = trained(bench, options, pupil, numbers, updates, updates.measure)

@@ -24,6 +24,11 @@ class Number(NamedTuple):
     value: Tensor
 
 
+def numbers_in(modules: Mapping[str, nn.Module]) -> dict[str, Number]:
+    """All parameters of these modules, each by its path and name."""
+    return {f"{at}.{name}": Number(p, p.data) for at, part in modules.items() for name, p in part.named_parameters()}
+
+
 class Lesson(Protocol):
     """What a step makes smaller."""
 

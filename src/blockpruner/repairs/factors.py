@@ -13,7 +13,7 @@ from blockpruner.anatomy.parts import Anatomy
 from blockpruner.anatomy.probing import asking, stood_in
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError, missing_extra
-from blockpruner.repairs.courses import Number
+from blockpruner.repairs.courses import numbers_in
 from blockpruner.repairs.fisher import Taught
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
@@ -44,13 +44,8 @@ def train_lora(
         trying = {path: live(module, options) for path, module in start.replacements.items()} if maps else {}
         begun = replace(start, replacements={**start.replacements, **trying})
         pupil = Pupil(bench.model, bench.anatomy, bench.mask, begun, wrapped)
-        numbers = {
-            f"{path}.{name}": Number(p, p.data)
-            for path, module in wrapped.items()
-            for name, p in module.named_parameters()
-            if "lora_" in name
-        }
-        numbers |= {f"{at}.{name}": Number(p, p.data) for at, m in trying.items() for name, p in m.named_parameters()}
+        factors = {name: number for name, number in numbers_in(wrapped).items() if "lora_" in name}
+        numbers = factors | numbers_in(trying)
         trace = trained(bench, options, pupil, numbers, taught.lesson(pupil, bench.examples))
         merged = {} if not trace.best(bench.force) else _merged(bench, wrapped)
     place = f"LoRA on {len(merged) if merged else len(found)} projections"

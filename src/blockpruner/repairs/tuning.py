@@ -16,7 +16,7 @@ from blockpruner.anatomy.probing import asking, evaluating, stood_in
 from blockpruner.blocks import Mask, format_mask
 from blockpruner.errors import InputError
 from blockpruner.loading.models import computation
-from blockpruner.repairs.courses import Course, Lesson, Number, Trace
+from blockpruner.repairs.courses import Course, Lesson, Number, Trace, numbers_in
 from blockpruner.repairs.fisher import Taught, head_of
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
@@ -77,7 +77,7 @@ def tuned(
     filled = {**start.replacements, **maps}
     pupil = Pupil(model, bench.anatomy, bench.mask, replace(start, replacements=filled, weights=weights))
     numbers = {name: Number(p, values[name]) for name, p in parameters.items()}
-    numbers |= {f"{at}.{name}": Number(p, p.data) for at, m in maps.items() for name, p in m.named_parameters()}
+    numbers |= numbers_in(maps)
     trace = trained(bench, options, pupil, numbers, *lesson(pupil))
     if not trace.best(bench.force):
         return start, trace

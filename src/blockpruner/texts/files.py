@@ -25,6 +25,7 @@ from blockpruner.texts.chats import Render, chat, no_template
 MAX_TEXT = 16 * 2**20
 MAX_LINE = 8 * 2**20
 MAX_ARRAY = 64 * 2**20  # of a file that is one JSON array: it is read whole
+BEGINNING = 4096  # bytes in which an array has begun
 PACKED = (".7z", ".bz2", ".tar", ".tgz", ".xz", ".zip", ".zst")
 ENDINGS = ".txt, .jsonl, .json or .parquet"
 _ALPACA = ("instruction", "input", "output")
@@ -55,7 +56,7 @@ def read_documents(path: Path, column: str | None, render: Render = no_template)
             return iter([read_text(path)])
         case ".jsonl" | ".json":
             return (_document(_object(value, where), column, where, render) for where, value in json_values(path))
-        case ".parquet" if path.suffix.lower() != ".gz":
+        case ".parquet" if not _packed(path):
             return _parquet_documents(path, column, render)
         case suffix if suffix in (".parquet", *PACKED):
             raise InputError(f"{path} is a packed file", fix="unpack it first")
@@ -167,14 +168,13 @@ def json_values(path: Path) -> Iterator[tuple[str, Any]]:
 def _array(path: Path) -> str:
     """All of a file that begins as an array does; else nothing."""
     with _opened(path) as file:
-        data = file.read(min(MAX_LINE, MAX_ARRAY))
+        data = file.read(BEGINNING)
         if not data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             return ""
-        data += file.read(MAX_ARRAY + 1 - len(data))
+        data += file.read(MAX_ARRAY)
     if len(data) > MAX_ARRAY:
-        name = Path(path.stem) if path.suffix.lower() == ".gz" else path
-        unpack = f"gzip -dc {path.name} | jq -c '.[]'" if name != path else f"jq -c '.[]' {path.name}"
-        fix = f"write its records on lines of their own: {unpack} > {name.stem}.jsonl"
+        records = f"gzip -dc {path.name} | jq -c '.[]'" if _packed(path) else f"jq -c '.[]' {path.name}"
+        fix = f"write its records on lines of their own: {records} > {_unpacked(path).stem}.jsonl"
         raise InputError(f"{path} is one JSON array of more than {MAX_ARRAY // 2**20} MiB", fix=fix)
     return _decoded(data, path)
 
@@ -247,8 +247,15 @@ def _decoded(data: bytes, path: Path, *, offset: int = 0, whole: bool = True) ->
 
 def _ending(path: Path) -> str:
     """The ending of a file's name that says what is in it, small."""
-    name = Path(path.stem) if path.suffix.lower() == ".gz" else path
-    return name.suffix.lower()
+    return _unpacked(path).suffix.lower()
+
+
+def _unpacked(path: Path) -> Path:
+    return path.with_suffix("") if _packed(path) else path
+
+
+def _packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 @contextlib.contextmanager
@@ -262,7 +269,7 @@ def _opened(path: Path) -> Iterator[BufferedIOBase]:
         if not status.st_size:
             raise InputError(f"{path} is empty", fix="give a file with text")
         with path.open("rb") as file:
-            if path.suffix.lower() == ".gz":
+            if _packed(path):
                 with gzip.GzipFile(fileobj=file) as unpacked:
                     if not unpacked.peek(1):
                         raise InputError(f"{path} is empty", fix="give a file with text")
