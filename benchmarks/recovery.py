@@ -155,8 +155,11 @@ class Bench:
         }
         if self.file.exists():
             figures = json.loads(self.file.read_text(encoding="utf-8"))
-            if figures["settings"] != settings:
+            known = figures["settings"]["orders"]  # of plans one may be new, or not be given this time
+            same = known | settings["orders"] == settings["orders"] | known
+            if figures["settings"] != settings | {"orders": known} or not same:
                 raise InputError(f"{self.file} was begun with other settings", fix="give another --json")
+            figures["settings"]["orders"] = known | settings["orders"]
             return figures
         return {
             "command": "python benchmarks/recovery.py --plan experiments/recovery_plan.json "

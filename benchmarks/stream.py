@@ -27,9 +27,7 @@ from search_cost import commit, write
 LAYERS, HIDDEN, INNER, VOCABULARY = 24, 2048, 8192, 32000
 OPEN = (8, 16)  # the layers whose blocks are candidates
 COMMAND = "OMP_NUM_THREADS=1 python benchmarks/stream.py --json experiments/stream.json"
-SEARCH = (
-    "-m blockpruner.cli search --target blocks=1 --search exhaustive --calibration builtin --tokens 256 --window 128"
-)
+SEARCH = "-m blockpruner search --target blocks=1 --search exhaustive --calibration builtin --tokens 256 --window 128"
 
 
 def main() -> None:

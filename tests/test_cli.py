@@ -451,7 +451,7 @@ def test_a_bug_of_ours_keeps_its_traceback_in_a_file(run, monkeypatch, tmp_path)
 def test_a_full_disk_under_the_results_is_the_machines_fault_and_not_a_bug():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "blockpruner.cli", "list"], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "blockpruner", "list"], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.stderr.startswith("error: No space left on device\n  next: free space")
     assert done.stderr.count("\n") == 2
@@ -485,7 +485,7 @@ def test_ctrl_c_says_the_command_to_go_on_with(run, monkeypatch):
 
 def test_a_reader_that_has_seen_enough_is_no_error():
     for words in (["list"], ["list", "--json"]):
-        command = [sys.executable, "-m", "blockpruner.cli", *words]
+        command = [sys.executable, "-m", "blockpruner", *words]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout
             assert process.stderr

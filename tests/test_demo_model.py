@@ -160,7 +160,7 @@ def test_a_sweep_over_all_single_blocks_needs_little_memory_beside_the_weights(c
 def search(folder):
     """A running `blockpruner search` of two blocks, on two windows."""
     words = "search demo --target blocks=2 --calibration builtin --tokens 128 --window 64 --dtype float32 --device cpu"
-    command = [sys.executable, "-m", "blockpruner.cli", *words.split(), "--run", str(folder)]
+    command = [sys.executable, "-m", "blockpruner", *words.split(), "--run", str(folder)]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -12,7 +12,8 @@ from blockpruner.blocks import parse_mask
 from blockpruner.errors import InputError, UnsupportedModelError
 from blockpruner.recoveries import parse_chain
 from blockpruner.repairs import fisher
-from blockpruner.repairs.fisher import FisherMetric, before_head, head_of
+from blockpruner.repairs.at_the_head import before_head, head_of
+from blockpruner.repairs.fisher import FisherMetric
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench
 from blockpruner.surgery.gaps import UNREPAIRED, Repair
@@ -64,7 +65,7 @@ def test_where_predictions_are_close_it_is_their_divergence_and_so_is_its_slope(
     close = {
         n: p.data + 2e-3 * p.data.std(unbiased=False) * torch.randn(p.shape, generator=generator)
         for n, p in numbers.items()
-        if p is not head_of(model).weight and p.is_floating_point()
+        if id(p) not in map(id, head_of(model).parameters()) and p.is_floating_point()
     }
     pupil = Pupil(model, anatomy, frozenset(), Repair({}, close))
     lesson = FisherMetric(pupil, text)
@@ -81,7 +82,8 @@ def test_its_slope_is_that_of_the_pruned_model_with_its_own_weights(name, mask):
     model, anatomy = made(name)
     text = examples(model, 2, 12)
     asked = text.targets != IGNORED
-    numbers = {n: p for n, p in model.named_parameters() if p is not head_of(model).weight and p.is_floating_point()}
+    head = [id(p) for p in head_of(model).parameters()]
+    numbers = {n: p for n, p in model.named_parameters() if id(p) not in head and p.is_floating_point()}
     pupil = Pupil(model, anatomy, parse_mask(mask), Repair({}, apart(numbers)))
     lesson = FisherMetric(pupil, text)
 

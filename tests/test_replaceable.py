@@ -106,6 +106,29 @@ def test_what_stands_in_a_layer_is_what_the_recovery_fits_to_that_layer_alone(na
             assert inside(layer, removed) is found
 
 
+@pytest.mark.parametrize("method", ["linear:rank=4,ridge=3", "linear:rank=4,ridge=3,target=dense"])
+def test_fits_in_order_of_depth_take_one_pass_together_and_any_order_gives_the_same(method):
+    model, anatomy = made("causal/llama")
+    layers = anatomy.stacks[0].layers
+    asked = [(layer, frozenset([part.block])) for layer in layers for part in layer.parts]
+    ordered, backward, calls = replacing("causal/llama", method), replacing("causal/llama", method), []
+    handle = model.get_submodule(layers[0].path).register_forward_hook(lambda *_: calls.append(1))
+    try:
+        first, each = {}, []
+        for layer, removed in asked:
+            before = len(calls)
+            first[removed] = ordered(layer, removed)
+            each.append(len(calls) - before)
+    finally:
+        handle.remove()
+    assert any(each[:3])
+    assert not any(each[3:])  # the first layer is looked at for its two blocks and is left once
+    for layer, removed in reversed(asked):
+        for path, made_ in backward(layer, removed).items():
+            for key, value in made_.state_dict().items():
+                assert torch.equal(value, first[removed][path].state_dict()[key])
+
+
 def test_the_bits_of_a_loss_do_not_depend_on_what_was_asked_before():
     mask, other = parse_mask("attention.1+mlp.2"), parse_mask("mlp.1+mlp.2+attention.1")
     model, anatomy = made("causal/llama")
@@ -170,7 +193,7 @@ def test_a_plan_from_before_it_named_its_windows_is_still_read(task):
 
 
 def test_the_counted_work_is_that_of_the_same_search_without_and_the_fits_are_in_the_price(task):
-    assert quote(task(search="exhaustive")).passes == 8 / 2
+    assert quote(task(search="exhaustive")).passes == 1 + 8 / 4 + 1 / 2  # two steps, four layers of two blocks
     assert (
         find_plan(task(search="exhaustive")).evaluations
         == find_plan(task(search="exhaustive", recovery=None)).evaluations

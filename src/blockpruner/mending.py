@@ -14,6 +14,7 @@ from blockpruner.plan import Plan
 from blockpruner.recoveries import RECOVERIES, check_installed, parse_chain
 from blockpruner.recovering import HELD_OUT, apart, recover
 from blockpruner.registry import format_method
+from blockpruner.repairs.kept import MADE
 from blockpruner.repairs.recovery import Bench, Recovery, RecoveryRecord, Trained
 from blockpruner.searching.contract import Progress
 from blockpruner.standin import MODEL_TYPE
@@ -156,8 +157,9 @@ def mend(
 def forget(run: Path) -> None:
     """Remove the checkpoints in a run folder, and the folder itself if it holds nothing else."""
     with run_folder(run):
-        for step in run.glob("[0-9]*-*/step-*"):
-            shutil.rmtree(step)
+        for kind in ("step-*", MADE, f".{MADE}.*"):
+            for done in run.glob(f"[0-9]*-*/{kind}"):
+                shutil.rmtree(done)
         for folder in run.glob("[0-9]*-*"):
             with suppress(OSError):
                 folder.rmdir()

@@ -55,7 +55,9 @@ class Receipt(Artifact):
 def quote(task: Task) -> Price:
     """The price of a search, said before it starts. Cost: two timed passes over one micro-batch."""
     found, objective = task.rehearsed, task.objective
-    passes = found.passes + (0 if task.replacing is None else task.replacing.passes(task.problem.moves(DENSE)))
+    passes = found.passes
+    if task.replacing is not None:
+        passes += task.replacing.passes(task.problem.moves(DENSE), len(found.result.steps))
     draw, drawn = objective.drawing()
     work, moved = found.result.work + draw, found.moved + drawn
     return Price(

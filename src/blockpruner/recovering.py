@@ -18,7 +18,8 @@ from blockpruner.errors import InputError
 from blockpruner.recoveries import RECOVERIES, format_chain
 from blockpruner.registry import format_method
 from blockpruner.repairs.courses import rows_of
-from blockpruner.repairs.recovery import Bench, GapRecord, Recovery, RecoveryRecord, StepRecord
+from blockpruner.repairs.kept import Made, keep, kept
+from blockpruner.repairs.recovery import Bench, GapRecord, Recovery, RecoveryRecord, StepRecord, Trained
 from blockpruner.searching.contract import DENSE, Progress
 from blockpruner.searching.evaluations import Evaluations
 from blockpruner.surgery.gaps import UNREPAIRED, Repair, repaired
@@ -46,9 +47,10 @@ def recover(
     model: the dense one, which is only borrowed; `removal.prune_` and `checkpoint.save_pruned` apply a repair.
     method: one, or a chain of them, each of which goes on from what those before it made. held_out: other examples;
     without them the last fifth of `examples` is held out. A step with which the held-out loss is larger than before it
-    is left out, and the record says so, unless `force`. folder: for checkpoints of what is trained, from which the same
-    call goes on. Cost: the methods', and two evaluations of the loss on the held-out examples, and one per method.
-    InputError where text to fit on is held out as well, the dense model's loss is not finite, or a method cannot do it.
+    is left out, and the record says so, unless `force`. folder: for what each method made, and checkpoints of what is
+    trained, from which the same call goes on. Cost: the methods', and two evaluations of the loss on the held-out
+    examples, and one per method. InputError where text to fit on is held out as well, the dense model's loss is not
+    finite, or a method cannot do it.
     """
     anatomy.outline.check(mask, "the plan")
     fit, held_out = apart(examples, held_out)
@@ -59,7 +61,7 @@ def recover(
     for number, each in enumerate(chain, 1):
         name = format_method(each, RECOVERIES)
         here = None if folder is None else folder / f"{number}-{name.partition(':')[0]}"
-        made, gaps = each.repair(replace(bench, start=repair, folder=here))
+        made, gaps = _made(replace(bench, start=repair, folder=here), each, name)
         _check_holds(made, repair, name)
         if _same(made, repair):
             found, reason = recovered, _unchanged(gaps)
@@ -89,6 +91,17 @@ def recover(
         reason="" if applied else steps[-1].reason,
     )
     return repair, record
+
+
+def _made(bench: Bench, method: Recovery, name: str) -> Made:
+    """What a method makes, or made before it was killed later in the chain; trainings see to that themselves."""
+    if isinstance(method, Trained):
+        return method.repair(bench)
+    made = kept(bench, name)
+    if made is None:
+        made = method.repair(bench)
+        keep(bench, name, made)
+    return made
 
 
 def _dense_loss(model: PreTrainedModel, anatomy: Anatomy, held_out: Examples) -> Estimate | None:

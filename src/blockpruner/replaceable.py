@@ -3,14 +3,16 @@
 Whatever a mask takes out of a layer is scored with what closed forms put there. They are fitted on the dense model's
 states: what a layer's gaps get depends on that layer alone, so that a fit is made once, when a mask first asks for it,
 and prefixes of masks go on being shared. After the search a recovery is fitted again, on the pruned model's own states.
-Cost: per block that is tried, a forward pass over the text up to it, so about half a pass for each block; once more for
-a layer's second block where the first is gone, since what reaches a gap may change with the norms that leave. A
-replacement adds next to nothing to a block's forward pass, and counted work leaves it out. Memory: the replacements of
-all that was tried.
+Cost: a search asks for layers in order of depth, so that the streams before one layer lead on to the next: a forward
+pass over the text for all fits of a step, and the layer that is looked at for each; about one more pass later, for a
+layer's second block where the first is gone, since what reaches a gap may change with the norms that leave. Where
+layers cannot be led through one by one (`side_by_side`), a pass up to its layer for each fit. A replacement adds next
+to nothing to a block's forward pass, and counted work leaves it out. Memory: the replacements of all that was tried,
+and see `side_by_side`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, Self, runtime_checkable
 
 from transformers import PreTrainedModel
@@ -20,8 +22,10 @@ from blockpruner.blocks import Mask, Move
 from blockpruner.errors import InputError
 from blockpruner.recoveries import RECOVERIES
 from blockpruner.registry import format_method
-from blockpruner.repairs.closed_form import ClosedForm, fill_gaps
+from blockpruner.repairs.closed_form import ClosedForm, fill_along
 from blockpruner.repairs.recovery import Bench, Recovery
+from blockpruner.repairs.side_by_side import Walk, begun
+from blockpruner.searching.contract import DENSE
 from blockpruner.standin import Replacement
 from blockpruner.surgery.gaps import gaps
 from blockpruner.texts.examples import Examples
@@ -48,6 +52,7 @@ class Replacing:
     fit: Examples
     held_out: Examples
     _made: dict[tuple[str, Mask], Mapping[str, Replacement]] = field(default_factory=dict, repr=False, compare=False)
+    _walks: list[Walk] = field(default_factory=list[Walk], repr=False, compare=False)  # the last one, if any
 
     @classmethod
     def of(cls, model: PreTrainedModel, anatomy: Anatomy, recovery: Recovery, examples: Examples) -> Self:
@@ -70,9 +75,19 @@ class Replacing:
         """What stands in the gaps of a layer without the blocks `removed`; the model must be whole."""
         key = (layer.path, removed)
         if key not in self._made:
-            bench = Bench(self.model, self.anatomy, removed, self.fit, self.held_out)
-            self._made[key] = fill_gaps(bench, self.form)[0].replacements
+            self._made[key] = fill_along(self._walk(layer, removed), self.form)[0].replacements
         return self._made[key]
+
+    def _walk(self, layer: Layer, removed: Mask) -> Walk:
+        """One that has not passed this layer: the last, or a new one. All before the layer is whole."""
+        if not self._walks or self._walks[0].passed(layer):
+            for old in self._walks:
+                old.close()
+            whole = Bench(self.model, self.anatomy, DENSE, self.fit, self.held_out)
+            self._walks[:] = [begun(whole, dense=self.form.target == "dense")]
+        (walk,) = self._walks
+        walk.bench = replace(walk.bench, mask=removed)
+        return walk
 
     @property
     def windows(self) -> tuple[int, int]:
@@ -84,6 +99,13 @@ class Replacing:
         """What a loss depends on beside the mask and the examples."""
         return f"{self.text}, fitted on the first {len(self.fit)} windows, losses of the other {len(self.held_out)}"
 
-    def passes(self, moves: Sequence[Move]) -> float:
-        """About how many forward passes over all examples the fits for these moves take."""
-        return sum(len(gaps(self.anatomy, move.blocks)) for move in moves) / 2
+    def passes(self, moves: Sequence[Move], steps: int) -> float:
+        """About how many forward passes over all examples the fits of a search of so many steps from these moves take.
+
+        The way to a layer is half a pass on average, and each step but the first takes one, to the layer that lost a
+        block before.
+        """
+        looks = sum(len(gaps(self.anatomy, move.blocks)) for move in moves)
+        if len(self.anatomy.stacks) != 1:
+            return looks / 2
+        return 1 + looks / len(self.anatomy.stacks[0].layers) + max(0, steps - 1) / 2

@@ -57,7 +57,7 @@ class Spill(Generic[K]):
     Whoever walks over many in the same order again and again is served best when what came first stays, as the ledger
     has it. The file is in `folder`, or where temporary files go; it has no name, so the system removes it when this
     process ends, however it ends. MachineError where the disk is full. Tensors come back with the same bits. Used as a
-    context, which ends with everything let go.
+    context it is closed at the end.
     """
 
     def __init__(
@@ -79,6 +79,10 @@ class Spill(Generic[K]):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let everything go."""
         self._held.clear()
         self._places.clear()
         self._file.close()

@@ -28,7 +28,7 @@ class Continued(Trained):
     passes: ClassVar[str] = "1 backward, 1 forward per epoch"
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
-        from blockpruner.repairs.fisher import Taught
+        from blockpruner.repairs.taught import Taught
         from blockpruner.repairs.tuning import train_weights
 
         return train_weights(bench, self, Taught("lm"))

@@ -17,10 +17,10 @@ class Lora(Trained):
     targets: `all` linear projections in blocks, or some, joined by +: `attention`, `mlp` and other kinds of blocks, or
     names of projections (`q_proj+v_proj`); experts that are stacked in one tensor are none, and the record names the
     kinds of blocks that have none. dropout: of what goes into A; the model's own stays off. loss: `lm`, or `kl` from
-    the dense model's predictions, at `temperature`, or `fisher`, that to second order and without logits. hidden: see
-    `distill`. maps: train what earlier methods put into gaps as well, as it is, without factors. Dense model and pruned
-    one are the same weights, with LoRA off and the blocks put back, so there is no second copy. Merging adds no
-    parameters.
+    the dense model's predictions, at `temperature`, or `fisher`, that to second order and without logits. hidden and
+    vocabulary: see `distill`. maps: train what earlier methods put into gaps as well, as it is, without factors. Dense
+    model and pruned one are the same weights, with LoRA off and the blocks put back, so there is no second copy.
+    Merging adds no parameters.
 
     The defaults are Shortened LLaMA's: rank 8, alpha 16, dropout 0.05, AdamW at 1e-4 with 100 steps of warm-up and a
     linear decay, 64 windows a step, 4 at a time, 2 epochs, the best state by held-out loss. Its retraining is
@@ -44,6 +44,7 @@ class Lora(Trained):
     loss: Literal["lm", "kl", "fisher"] = "lm"
     temperature: float = 1.0
     hidden: float = 0.0
+    vocabulary: int = 0
     maps: bool = False
 
     title: ClassVar[str] = "LoRA"
@@ -59,7 +60,7 @@ class Lora(Trained):
                 f"there is no LoRA with rank={self.rank}, alpha={self.alpha} and dropout={self.dropout}",
                 fix="give a rank of 1 or more, alpha above 0, and dropout from 0 to below 1",
             )
-        check_taught(self.loss, self.temperature, self.hidden)
+        check_taught(self.loss, self.temperature, self.hidden, self.vocabulary)
 
     def numbers(self, bench: Bench) -> int:
         from blockpruner.repairs.factors import lora_targets
@@ -70,8 +71,8 @@ class Lora(Trained):
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.factors import train_lora
-        from blockpruner.repairs.fisher import Taught
+        from blockpruner.repairs.taught import Taught
 
         shape = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
-        taught = Taught(self.loss, self.temperature, self.hidden)
+        taught = Taught(self.loss, self.temperature, self.hidden, self.vocabulary)
         return train_lora(bench, self, shape, self.targets, taught, maps=self.maps)

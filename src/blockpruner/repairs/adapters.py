@@ -10,9 +10,9 @@ from torch import Tensor
 from blockpruner.errors import UnsupportedModelError
 from blockpruner.repairs.closed_form import MADE_UP, TAKEN, ClosedForm, fill_gaps, left_alone, regressors_of
 from blockpruner.repairs.courses import numbers_in
-from blockpruner.repairs.fisher import Loss, Taught
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.taught import Loss, Taught
 from blockpruner.repairs.teaching import check_predicts
 from blockpruner.repairs.tuning import UNHELPED, Told, live, still, told, trained
 from blockpruner.repairs.updates import UpdatesAt, token_axes

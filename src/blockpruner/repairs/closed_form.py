@@ -86,14 +86,20 @@ def fill_gaps(bench: Bench, form: ClosedForm) -> tuple[Repair, tuple[GapRecord, 
     Gaps that something stands in, or for, already are left as they are. So are those that new values of parameters
     make up for, if what the block would add is to be mapped: it would be added twice.
     """
+    with side_by_side(bench, dense=form.target == "dense") as walk:
+        return fill_along(walk, form)
+
+
+def fill_along(walk: Walk, form: ClosedForm) -> tuple[Repair, tuple[GapRecord, ...]]:
+    """The same on a walk that stands before the first of the gaps, or has not come there."""
+    bench = walk.bench
     repair, records = bench.start, list[GapRecord]()
     places = gaps(bench.anatomy, bench.mask)
-    with side_by_side(bench, dense=form.target == "dense") as walk:
-        for number, gap in enumerate(places):
-            bench.report(number, len(places), f"fitting {gap}")
-            walk.lead_to(gap.layer, repair)
-            repair, record = _filled(walk, gap, form, repair)
-            records.append(record)
+    for number, gap in enumerate(places):
+        bench.report(number, len(places), f"fitting {gap}")
+        walk.lead_to(gap.layer, repair)
+        repair, record = _filled(walk, gap, form, repair)
+        records.append(record)
     bench.report(len(places), len(places), "fitted")
     return repair, tuple(records)
 

@@ -14,9 +14,9 @@ from blockpruner.anatomy.probing import asking, stood_in
 from blockpruner.blocks import Mask
 from blockpruner.errors import InputError, missing_extra
 from blockpruner.repairs.courses import numbers_in
-from blockpruner.repairs.fisher import Taught
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.taught import Taught
 from blockpruner.repairs.teaching import check_predicts
 from blockpruner.repairs.tuning import live, record_of, still, told, trained, wide
 from blockpruner.surgery.gaps import Repair

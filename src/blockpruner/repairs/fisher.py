@@ -12,80 +12,39 @@ some positions while these are summed. The metric is that of the dense model's h
 Source: the Fisher information of a softmax, Amari 1998; its mean as a metric for distillation: ours.
 """
 
-import contextlib
-from collections.abc import Mapping
 from functools import cached_property
-from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from blockpruner.anatomy.probing import Enough, without_cache
-from blockpruner.errors import UnsupportedModelError
-from blockpruner.repairs.pupil import Pupil
-from blockpruner.repairs.teaching import Predictions
-from blockpruner.texts.examples import IGNORED, Examples
+from blockpruner.repairs.at_the_head import AtTheHead
 
-Loss = Literal["lm", "kl", "fisher"]
-SAMPLE = 2048  # tokens that the mean is taken over, whole windows
 ROWS = 2**15  # of the head's weights that are multiplied at once
 
 
-class Taught(NamedTuple):
-    """What a pruned model is taught; see the recovery `distill`."""
-
-    loss: Loss
-    temperature: float = 1.0
-    hidden: float = 0.0
-
-    @property
-    def told(self) -> dict[str, str | int | float]:
-        """What a record says of it: the loss, and what is not as usual."""
-        return {key: value for key, value in self._asdict().items() if value != self._field_defaults.get(key)}
-
-    def lesson(self, pupil: Pupil, sample: Examples) -> Predictions:
-        """sample: text that `fisher` takes its metric from."""
-        if self.loss == "fisher":
-            return FisherMetric(pupil, sample)
-        return Predictions(pupil, self.loss, self.temperature, self.hidden)
-
-
-class FisherMetric(Predictions):
+class FisherMetric(AtTheHead):
     """1/2 d^T F d, in nats, summed over predicted tokens; d: from the dense model's state before the head to the pruned
-    one's. Judged by the loss of predictions, as all others are.
+    one's.
 
     A factor that a model puts on its logits is left out of the value, and a cap on them of the metric.
     """
 
-    def __init__(self, pupil: Pupil, sample: Examples) -> None:
-        super().__init__(pupil)
-        head_of(pupil.model)  # what has none is refused at once
-        self.sample = sample.part(0, max(1, min(len(sample), SAMPLE // sample.tokens)))
+    def prepare(self) -> None:
+        _ = self.metric
 
-    def backward(self, part: Examples, scale: float) -> float:
-        part = part.to(self.pupil.model.device)
-        with torch.inference_mode(False), torch.enable_grad():
-            metric = self.metric
-            with torch.no_grad():
-                aim = before_head(self.pupil.model, part)
-            with self.pupil.pruned():  # on the way back too, where operations look at weights again
-                apart = (before_head(self.pupil.model, part) - aim).float()[part.targets != IGNORED]
-                value = 0.5 * ((apart @ metric) * apart).sum()
-                if value.requires_grad:
-                    (value * scale).backward()
-            return float(value.detach())
+    def far(self, own: Tensor, aim: Tensor) -> Tensor:
+        apart = (own - aim).float()
+        return 0.5 * ((apart @ self.metric) * apart).sum()
 
-    def probe(self, examples: Examples, numbers: Mapping[str, nn.Parameter]) -> None:
-        plain = Predictions(self.pupil)  # whether the parts that `judge` sees are those of the whole
-        plain.probe(examples, numbers)
-        self.whole = plain.whole
+    @property
+    def at_once(self) -> int:
+        return 2**16
 
     @cached_property
     @torch.no_grad()
     def metric(self) -> Tensor:
         """F in float32, [hidden, hidden]; the model must be whole."""
-        weight = head_of(self.pupil.model).weight.detach()
+        weight = self.head.weight.detach()
         total = torch.zeros(len(weight), device=weight.device)
         squares = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
         count = 0
@@ -99,34 +58,3 @@ class FisherMetric(Predictions):
         for rows, chances in zip(weight.split(ROWS), total.split(ROWS), strict=True):
             squares -= rows.float().T @ (chances[:, None] * rows.float())
         return -squares / count
-
-
-def head_of(model: PreTrainedModel) -> nn.Linear:
-    """The linear map from states to logits; UnsupportedModelError where there is none."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise UnsupportedModelError(
-            f"the head of {type(model).__name__} is no linear map of states to logits", fix="use loss=kl"
-        )
-    return head
-
-
-def before_head(model: PreTrainedModel, part: Examples) -> Tensor:
-    """The states that reach the head of the model as it is now, [rows, tokens, hidden]; the head does not run."""
-    found: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append(args[0])
-        raise Enough
-
-    handle = head_of(model).register_forward_pre_hook(stop)
-    try:
-        with contextlib.suppress(Enough):
-            model(**part.inputs, **without_cache(model))
-    finally:
-        handle.remove()
-    if not found or found[0].shape[:2] != part.targets.shape:
-        raise UnsupportedModelError(
-            f"the head of {type(model).__name__} is not given one state for each token", fix="use loss=kl"
-        )
-    return found[0]

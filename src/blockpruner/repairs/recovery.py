@@ -274,7 +274,7 @@ class Trained:
         return 0
 
 
-def check_taught(loss: str, temperature: float, hidden: float) -> None:
+def check_taught(loss: str, temperature: float, hidden: float, vocabulary: int) -> None:
     """InputError for what nothing can be taught with."""
     if not temperature > 0 or not hidden >= 0:
         raise InputError(
@@ -283,3 +283,8 @@ def check_taught(loss: str, temperature: float, hidden: float) -> None:
         )
     if loss == "fisher" and (hidden or temperature != 1):
         raise InputError("loss=fisher has no temperature and no hidden states beside it", fix="leave them out")
+    if vocabulary < 0 or (vocabulary and (loss != "kl" or hidden)):
+        raise InputError(
+            f"no loss={loss} with hidden={hidden} is estimated from vocabulary={vocabulary}",
+            fix="write loss=kl,vocabulary=16384, or leave vocabulary out",
+        )

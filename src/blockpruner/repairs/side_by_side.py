@@ -10,7 +10,7 @@ before the decoder, every look takes a forward pass up to its layer.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -50,6 +50,13 @@ class Walk:
 
     def lead_to(self, layer: Layer, repair: Repair) -> None:
         """From here on it is this layer that is looked at; `repair` is what stands in those before it for good."""
+
+    def passed(self, layer: Layer) -> bool:
+        """Whether it is too late to look at this layer."""
+        return False
+
+    def close(self) -> None:
+        """Let go of what is held."""
 
     def at(self, layer: Layer, batch: Examples, mask: Mask, repair: Repair, look: Callable[[nn.Module, Call], T]) -> T:
         """See `updates.Reach`. batch: one of `fit` or `held_out`; mask: DENSE, or what is gone, but for blocks here."""
@@ -91,6 +98,12 @@ class Led(Walk):
     def lead_to(self, layer: Layer, repair: Repair) -> None:
         while self.layers[self._next] is not layer:
             self._advance(repair)
+
+    def passed(self, layer: Layer) -> bool:
+        return self.layers.index(layer) < self._next
+
+    def close(self) -> None:
+        self.states.close()
 
     def _advance(self, repair: Repair) -> None:
         layer = self.layers[self._next]
@@ -138,12 +151,15 @@ def _agrees(led: Led, last: Layer, row: Examples, mask: Mask) -> bool:
     return found.shape == plain.shape and float((found - plain).abs().max()) <= room
 
 
-@contextlib.contextmanager
-def side_by_side(bench: Bench, dense: bool) -> Iterator[Walk]:
-    """The cheapest walk that this model allows. dense: whether the dense model is asked for too."""
+def begun(bench: Bench, dense: bool) -> Walk:
+    """The cheapest walk that this model allows, to be closed. dense: whether the dense model is asked for too."""
     if len(bench.anatomy.stacks) != 1 or not proved(bench):
-        yield Walk(bench)
-        return
-    with (led := Led(bench, dense)).states:
-        led.begin()
-        yield led
+        return Walk(bench)
+    led = Led(bench, dense)
+    led.begin()
+    return led
+
+
+def side_by_side(bench: Bench, dense: bool) -> contextlib.closing[Walk]:
+    """The same as a context."""
+    return contextlib.closing(begun(bench, dense))

@@ -16,10 +16,11 @@ from blockpruner.anatomy.probing import asking, evaluating, stood_in
 from blockpruner.blocks import Mask, format_mask
 from blockpruner.errors import InputError
 from blockpruner.loading.models import computation
+from blockpruner.repairs.at_the_head import head_of
 from blockpruner.repairs.courses import Course, Lesson, Number, Trace, numbers_in
-from blockpruner.repairs.fisher import Taught, head_of
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.recovery import Bench, GapRecord, Trained
+from blockpruner.repairs.taught import Taught
 from blockpruner.repairs.teaching import Predictions, check_predicts
 from blockpruner.repairs.training import train
 from blockpruner.standin import Replacement
@@ -34,14 +35,14 @@ Gauge = Callable[[Examples], float]  # what is measured of text on which nothing
 def train_weights(bench: Bench, options: Trained, taught: Taught) -> tuple[Repair, tuple[GapRecord, ...]]:
     """New values for all parameters that are left, replacements too; see `distill` and `continued`.
 
-    Without the head for `fisher`, which does not see it.
+    Without the head where it is not looked at.
     """
     check_predicts(bench.model, bench.examples)
     maps = {path: live(module, options) for path, module in bench.start.replacements.items()}
     left = left_of(bench)
-    if taught.loss == "fisher":
-        head = head_of(bench.model).weight
-        left = {name: parameter for name, parameter in left.items() if parameter is not head}
+    if taught.keeps_head:
+        head = {id(parameter) for parameter in head_of(bench.model).parameters()}
+        left = {name: parameter for name, parameter in left.items() if id(parameter) not in head}
 
     def lesson(pupil: Pupil) -> tuple[Lesson, None]:
         return taught.lesson(pupil, bench.examples), None
