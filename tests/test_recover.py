@@ -193,7 +193,7 @@ def test_a_chain_with_training_says_its_price_and_goes_on_where_it_was_killed(re
         assert recover("--run", "runs/mine", method=TRAINED).code == 130
     assert sorted(path.name for path in Path("runs/mine/2-lora").glob("step-*"))[-1] == "step-000000008"
     assert recover("--run", "runs/mine", method=TRAINED).code == 0
-    assert sorted(path.name for path in Path("runs/mine").iterdir()) == [".lock", "2-lora"]
+    assert sorted(path.name for path in Path("runs/mine").iterdir()) == [".lock", "1-linear", "2-lora"]
     names = ("recovery.json", "model.safetensors", "plan.json")
     assert all(Path("better", name).read_bytes() == Path("whole", name).read_bytes() for name in names)
     other = recover("--run", "runs/mine", method=TRAINED.replace("0.003", "0.004"), out="other")
