@@ -35,9 +35,10 @@ def bench_of(folder, seed=1) -> Bench:
 @pytest.mark.parametrize("chain", METHODS)
 def test_a_repair_comes_back_with_the_same_bits_and_the_same_record(chain, tmp_path):
     bench = bench_of(tmp_path)
-    for method in parse_chain(chain):
-        repair, gaps = method.repair(bench)
-        bench = replace(bench, start=repair)
+    *before, last = parse_chain(chain)
+    for method in before:
+        bench = replace(bench, start=method.repair(bench)[0])
+    repair, gaps = last.repair(bench)
     assert kept(bench, chain) is None
     keep(bench, chain, (repair, gaps))
     found = kept(bench, chain)

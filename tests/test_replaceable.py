@@ -19,6 +19,7 @@ from blockpruner.plan import Plan
 from blockpruner.planning import find_plan, prepare
 from blockpruner.price import quote
 from blockpruner.recoveries import parse_recovery
+from blockpruner.repairs import side_by_side
 from blockpruner.repairs.closed_form import fill_gaps
 from blockpruner.repairs.recovery import Bench
 from blockpruner.replaceable import Replacing
@@ -124,9 +125,37 @@ def test_fits_in_order_of_depth_take_one_pass_together_and_any_order_gives_the_s
     assert any(each[:3])
     assert not any(each[3:])  # the first layer is looked at for its two blocks and is left once
     for layer, removed in reversed(asked):
+        assert backward(layer, removed).keys() == first[removed].keys()
         for path, made_ in backward(layer, removed).items():
             for key, value in made_.state_dict().items():
                 assert torch.equal(value, first[removed][path].state_dict()[key])
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_a_fit_after_one_that_was_interrupted_is_the_same(count, monkeypatch):
+    model, anatomy = made("causal/llama")
+    monkeypatch.setattr(side_by_side, "BATCH_TOKENS", 48)
+    layers = anatomy.stacks[0].layers
+    first, third = (frozenset([layers[number].parts[0].block]) for number in (0, 2))
+    inside, calls = replacing("causal/llama"), []
+    inside(layers[0], first)
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == count:  # in the midst of leading the streams through the first layer
+            raise KeyboardInterrupt
+
+    handle = model.get_submodule(layers[0].path).register_forward_hook(stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            inside(layers[2], third)
+    finally:
+        handle.remove()
+    again, whole = inside(layers[2], third), replacing("causal/llama")(layers[2], third)
+    assert again.keys() == whole.keys() != set()
+    for path, made_ in again.items():
+        for key, value in made_.state_dict().items():
+            assert torch.equal(value, whole[path].state_dict()[key])
 
 
 def test_the_bits_of_a_loss_do_not_depend_on_what_was_asked_before():

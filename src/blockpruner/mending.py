@@ -86,7 +86,7 @@ class Task:
         return [f"{format_method(each, RECOVERIES).partition(':')[0]}: {each.price(bench)}" for each in self.chain]
 
     def run(self, progress: Progress | None = None, run: Path | None = None) -> Mended:
-        """Fit and judge. run: the folder for checkpoints of what is trained; a killed training goes on from there.
+        """Fit and judge. run: the folder for what is kept of a chain with training; killed, it goes on from there.
 
         Cost, memory and errors: see `recovering.recover`; RunFolderError when the folder is in use, or of another run.
         """

@@ -239,6 +239,8 @@ def find_plan(
     with ExitStack() as held:
         sources = [task.subject.folder] if task.subject.folder else []
         folder = held.enter_context(run_folder(run, sources=sources)) if run else None
+        if task.replacing:
+            held.callback(task.replacing.close)
         objective = held.enter_context(spread(task.objective, crew))
         journal = held.enter_context(Journal.open(folder / "journal.jsonl", _identity(task))) if folder else None
         table = table_of(task.problem.target, task.subject)

@@ -100,7 +100,8 @@ def _made(bench: Bench, method: Recovery, name: str) -> Made:
     made = kept(bench, name)
     if made is None:
         made = method.repair(bench)
-        keep(bench, name, made)
+        if not _same(made[0], bench.start):  # else what comes back would be taken for a change
+            keep(bench, name, made)
     return made
 
 

@@ -25,7 +25,6 @@ from blockpruner.registry import format_method
 from blockpruner.repairs.closed_form import ClosedForm, fill_along
 from blockpruner.repairs.recovery import Bench, Recovery
 from blockpruner.repairs.side_by_side import Walk, begun
-from blockpruner.searching.contract import DENSE
 from blockpruner.standin import Replacement
 from blockpruner.surgery.gaps import gaps
 from blockpruner.texts.examples import Examples
@@ -75,19 +74,27 @@ class Replacing:
         """What stands in the gaps of a layer without the blocks `removed`; the model must be whole."""
         key = (layer.path, removed)
         if key not in self._made:
-            self._made[key] = fill_along(self._walk(layer, removed), self.form)[0].replacements
+            try:
+                self._made[key] = fill_along(self._walk(layer, removed), self.form)[0].replacements
+            except BaseException:  # some streams may be a layer further than others
+                self.close()
+                raise
         return self._made[key]
 
     def _walk(self, layer: Layer, removed: Mask) -> Walk:
         """One that has not passed this layer: the last, or a new one. All before the layer is whole."""
         if not self._walks or self._walks[0].passed(layer):
-            for old in self._walks:
-                old.close()
-            whole = Bench(self.model, self.anatomy, DENSE, self.fit, self.held_out)
-            self._walks[:] = [begun(whole, dense=self.form.target == "dense")]
+            self.close()
+            bench = Bench(self.model, self.anatomy, removed, self.fit, self.held_out)
+            self._walks.append(begun(bench, dense=self.form.target == "dense"))
         (walk,) = self._walks
         walk.bench = replace(walk.bench, mask=removed)
         return walk
+
+    def close(self) -> None:
+        """Let go of the streams that lead on to the next fit."""
+        while self._walks:
+            self._walks.pop().close()
 
     @property
     def windows(self) -> tuple[int, int]:

@@ -63,7 +63,7 @@ class AtTheHead(Predictions):
                     value = self.far(here.requires_grad_(), aim)
                     slopes.append(torch.autograd.grad(value * scale, here)[0])
                     total += float(value.detach())
-                if own.requires_grad and slopes:
+                if own.requires_grad:
                     own.backward(torch.cat(slopes))
         return total
 

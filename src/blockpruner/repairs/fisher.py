@@ -7,8 +7,8 @@ Logits are linear in the state h that reaches the head, z = W h + b, so that for
 With the mean of F_p over tokens, F = W^T diag(mean p) W - mean (W^T p)(W^T p)^T, a step of training takes no logits:
 where the vocabulary costs more than the layers (262,144 tokens at 640 dimensions), a third of the operations of `kl`
 (benchmarks/fisher_cost.py).
-Cost: one forward pass of the dense model with its head over SAMPLE tokens. Memory: hidden^2 numbers, and the logits of
-some positions while these are summed. The metric is that of the dense model's head, which stays as it is.
+Cost: one forward pass of the dense model with its head over SAMPLE tokens (`at_the_head`). Memory: hidden^2 numbers,
+and the logits of some positions while these are summed. The metric is that of the dense model's head, which stays.
 Source: the Fisher information of a softmax, Amari 1998; its mean as a metric for distillation: ours.
 """
 

@@ -1,7 +1,7 @@
 """What one method of a chain made, on disk: a recovery that is killed later in its chain goes on behind it.
 
 A folder `made` with the numbers in safetensors and all else as JSON, whole or not there. Trainings keep their own
-checkpoints (`training`), so this is for closed forms.
+checkpoints (`training`), so this is for closed forms. Disk: all of a repair, also what methods before this one made.
 """
 
 import hashlib

@@ -283,7 +283,7 @@ def check_taught(loss: str, temperature: float, hidden: float, vocabulary: int) 
         )
     if loss == "fisher" and (hidden or temperature != 1):
         raise InputError("loss=fisher has no temperature and no hidden states beside it", fix="leave them out")
-    if vocabulary < 0 or (vocabulary and (loss != "kl" or hidden)):
+    if vocabulary < 0 or vocabulary == 1 or (vocabulary and (loss != "kl" or hidden)):
         raise InputError(
             f"no loss={loss} with hidden={hidden} is estimated from vocabulary={vocabulary}",
             fix="write loss=kl,vocabulary=16384, or leave vocabulary out",

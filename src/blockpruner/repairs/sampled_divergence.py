@@ -1,11 +1,12 @@
 """Teaching by a part of the vocabulary: the divergence of predictions, both sums over tokens estimated from a draw.
 
-With pi[v] the chance that token v is drawn, and both models' logits z[v] - log pi[v] of the drawn tokens alone, the
-softmax of these stands for that of all tokens, each drawn one for 1 / pi[v] of its kind; the loss is the divergence
-of the two, T^2 KL(p || q) at temperature T. Every pass draws anew, so that no token is left out for long: with one draw
-for the whole training a pruned model learns to think of the others. Sums are right on average, the divergence of
-their logarithms nearly so.
-Cost: the head's work is vocabulary / V of that of `kl`; one pass of the dense model with its head over SAMPLE tokens.
+With pi[v] the chance that token v is drawn, and z[v] / T - log pi[v] of the drawn tokens alone for both models' logits
+z, the softmax of these stands for that of all tokens at temperature T, each drawn one for 1 / pi[v] of its kind; the
+loss is the divergence of the two, T^2 KL(p || q). Every pass draws anew, so that no token is left out for long: with
+one draw for the whole training a pruned model learns to think of the others. Sums are right on average, the divergence
+of their logarithms nearly so.
+Cost: the head's work is vocabulary / V of that of `kl`, and a draw per pass, which sorts V numbers; one pass of the
+dense model with its head over SAMPLE tokens (`at_the_head`).
 Memory: a copy of the drawn tokens' weights, and LOGITS_AT_ONCE logits of each model.
 Source: importance sampling of a softmax, Bengio and Senecal 2008, IEEE Trans. Neural Networks 19(4); the draw is that
 of the objective `sampled-loss`; for a divergence of two models: ours.
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from blockpruner.errors import UnsupportedModelError
 from blockpruner.metrics import divergences
 from blockpruner.objectives.sampled_loss import SampledLoss
-from blockpruner.repairs.at_the_head import AtTheHead, before_head
+from blockpruner.repairs.at_the_head import AtTheHead
 from blockpruner.repairs.pupil import Pupil
-from blockpruner.repairs.teaching import LOGITS_AT_ONCE
+from blockpruner.repairs.teaching import LOGITS_AT_ONCE, short_of
 from blockpruner.texts.examples import Examples
 
 
@@ -46,13 +47,14 @@ class SampledDivergence(AtTheHead):
         self.drawn = weight[tokens], None if bias is None else bias.detach()[tokens], less
 
     def far(self, own: Tensor, aim: Tensor) -> Tensor:
-        return self.temperature**2 * divergences(self._logits(aim), self._logits(own)).sum()
+        return self.temperature**2 * divergences(self.logits(aim), self.logits(own)).sum()
 
     @property
     def at_once(self) -> int:
         return max(1, LOGITS_AT_ONCE // len(self.drawn[0]))
 
-    def _logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor) -> Tensor:
+        """z / T - log pi of the drawn tokens, in float32."""
         weight, bias, less = self.drawn
         return nn.functional.linear(states.to(weight), weight, bias).float() / self.temperature - less
 
@@ -69,12 +71,15 @@ class SampledDivergence(AtTheHead):
 
     def probe(self, examples: Examples, numbers: Mapping[str, nn.Parameter]) -> None:
         super().probe(examples, numbers)
-        row = next(examples.to(self.pupil.model.device).rows())
-        with torch.no_grad():
-            mine = self.head(before_head(self.pupil.model, row)[:, -1:]).float()
-            theirs = self.pupil.model(**row.inputs, **self.ends.extra).logits[:, -1:].float()
-        room = 1e-3 if self.pupil.model.dtype.itemsize >= 4 else 5e-2
-        if mine.shape != theirs.shape or float((mine - theirs).abs().max()) > room * float(theirs.abs().max()):
+        row = short_of(next(examples.rows())).to(self.pupil.model.device)
+        given: list[Tensor] = []
+        handle = self.head.register_forward_hook(lambda _module, _args, output: given.append(output))
+        try:
+            with torch.no_grad():
+                logits = self.pupil.model(**row.inputs, **self.ends.extra).logits
+        finally:
+            handle.remove()
+        if not given or given[-1].shape != logits.shape or not torch.equal(given[-1].float(), logits.float()):
             raise UnsupportedModelError(
                 f"something stands behind the head of {type(self.pupil.model).__name__}, as a scale or a cap does",
                 fix="leave out vocabulary",

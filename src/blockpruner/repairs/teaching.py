@@ -156,7 +156,7 @@ class Predictions:
     def probe(self, examples: Examples, numbers: Mapping[str, nn.Parameter]) -> None:
         """Hold all logits of a window at once from now on, and say so, if pieces do not give the same gradients."""
         self.pupil.train(False)
-        reason = self._why_whole(_short(next(examples.rows())), numbers)
+        reason = self._why_whole(short_of(next(examples.rows())), numbers)
         if reason:
             self.whole = True
             _log.warning("all logits of a window are held at once: %s", reason)
@@ -189,7 +189,7 @@ class Predictions:
         return ""
 
 
-def _short(row: Examples) -> Examples:
+def short_of(row: Examples) -> Examples:
     """The first PROBE_TOKENS positions of one row, or so many that one of them is predicted."""
     first = int((row.targets != IGNORED).nonzero()[0, 1])
     length, cut = row.targets.shape[1], max(PROBE_TOKENS, first + 1)
