@@ -14,6 +14,7 @@ of the objective `sampled-loss`; for a divergence of two models: ours.
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class SampledDivergence(AtTheHead):
     def probe(self, examples: Examples, numbers: Mapping[str, nn.Parameter]) -> None:
         super().probe(examples, numbers)
         row = short_of(next(examples.rows())).to(self.pupil.model.device)
-        given: list[Tensor] = []
+        given: list[Any] = []
         handle = self.head.register_forward_hook(lambda _module, _args, output: given.append(output))
         try:
             with torch.no_grad():
