@@ -80,6 +80,7 @@ TRAINED = (
     f"span,lora:{FEW},lr=1e-3,rank=16,alpha=32,loss=kl",
     f"span,lora:{FEW},lr=1e-3,rank=16,alpha=32,loss=fisher",
     f"span,refit,lora:{FEW},lr=1e-3,rank=16,alpha=32,loss=fisher",
+    f"linear:target=dense,refit,lora:{FEW},lr=2e-4,rank=16,alpha=16,dropout=0,schedule=cosine,loss=kl,vocabulary=16384",
     f"span,distill:{FEW}",
     "streamline:tokens={tokens},patience=0",
     "linear:rank=64,streamline:tokens={tokens},patience=0",

@@ -141,6 +141,15 @@ def test_what_is_not_estimated_from_a_part_is_refused(options):
         parse_chain(f"lora:{options}")
 
 
+@pytest.mark.parametrize("first", ["distill", "continued"])
+@pytest.mark.parametrize("second", ["lora:loss=fisher", "distill:vocabulary=16", "adapter:loss=fisher"])
+def test_a_chain_that_trains_the_head_and_then_needs_it_is_refused_before_it_runs(first, second):
+    with pytest.raises(InputError, match="needs the head that the dense model has"):
+        parse_chain(f"{first},{second}")
+    for fine in (f"{second},{first}", f"distill:loss=fisher,{second}", f"{first},lora:loss=kl"):
+        assert len(parse_chain(fine)) == 2
+
+
 def test_lessons_at_the_head_are_judged_by_predictions():
     model, anatomy = made("causal/llama")
     text = examples(model, 2, 12)

@@ -55,8 +55,9 @@ class Receipt(Artifact):
 def quote(task: Task) -> Price:
     """The price of a search, said before it starts. Cost: two timed passes over one micro-batch."""
     found, objective = task.rehearsed, task.objective
-    passes = found.passes
+    passes, streams = found.passes, 0
     if task.replacing is not None:
+        streams = task.replacing.held_bytes
         passes += task.replacing.passes(task.problem.moves(DENSE), len(found.result.steps))
     draw, drawn = objective.drawing()
     work, moved = found.result.work + draw, found.moved + drawn
@@ -65,7 +66,7 @@ def quote(task: Task) -> Price:
         work=work,
         passes=passes,
         traffic=moved,
-        memory=objective.held_bytes(moved),
+        memory=objective.held_bytes(moved) + streams,
         seconds=objective.seconds(work, moved) + passes * objective.seconds_of_pass(),
     )
 

@@ -4,11 +4,11 @@ Whatever a mask takes out of a layer is scored with what closed forms put there.
 states: what a layer's gaps get depends on that layer alone, so that a fit is made once, when a mask first asks for it,
 and prefixes of masks go on being shared. After the search a recovery is fitted again, on the pruned model's own states.
 Cost: a search asks for layers in order of depth, so that the streams before one layer lead on to the next: a forward
-pass over the text for all fits of a step, and the layer that is looked at for each; about one more pass later, for a
-layer's second block where the first is gone, since what reaches a gap may change with the norms that leave. Where
-layers cannot be led through one by one (`side_by_side`), a pass up to its layer for each fit. A replacement adds next
-to nothing to a block's forward pass, and counted work leaves it out. Memory: the replacements of all that was tried,
-and see `side_by_side`.
+pass over the text for all fits of the first step, and the layer that is looked at for each; in later steps a pass up to
+the layer that lost a block before, since what reaches its other gap may change with the norms that leave. Where layers
+cannot be led through one by one (`side_by_side`), a pass up to its layer for each fit. A replacement adds next to
+nothing to a block's forward pass, and counted work leaves it out. Memory: the replacements of all that was tried, and
+see `side_by_side`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from blockpruner.recoveries import RECOVERIES
 from blockpruner.registry import format_method
 from blockpruner.repairs.closed_form import ClosedForm, fill_along
 from blockpruner.repairs.recovery import Bench, Recovery
-from blockpruner.repairs.side_by_side import Walk, begun
+from blockpruner.repairs.side_by_side import IN_MEMORY, Walk, begun
 from blockpruner.standin import Replacement
 from blockpruner.surgery.gaps import gaps
 from blockpruner.texts.examples import Examples
@@ -106,11 +106,17 @@ class Replacing:
         """What a loss depends on beside the mask and the examples."""
         return f"{self.text}, fitted on the first {len(self.fit)} windows, losses of the other {len(self.held_out)}"
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory for streams on their way from one fit to the next, at most."""
+        tokens = sum(text.targets.numel() for text in (self.fit, self.held_out))
+        width = self.model.config.get_text_config().hidden_size
+        return min(IN_MEMORY, tokens * width * self.model.dtype.itemsize)
+
     def passes(self, moves: Sequence[Move], steps: int) -> float:
         """About how many forward passes over all examples the fits of a search of so many steps from these moves take.
 
-        The way to a layer is half a pass on average, and each step but the first takes one, to the layer that lost a
-        block before.
+        The way to a layer is half a pass on average.
         """
         looks = sum(len(gaps(self.anatomy, move.blocks)) for move in moves)
         if len(self.anatomy.stacks) != 1:

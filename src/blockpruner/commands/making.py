@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,9 @@ from blockpruner.options import (
     Workers,
     token_count,
 )
+
+if TYPE_CHECKING:
+    from blockpruner.mending import Task
 
 
 @verb("blockpruner prune demo --plan runs/demo/plan.json --first 4 --out pruned")
@@ -121,14 +124,11 @@ def recover(
         source=str(plan),
         **texts,
     )
-    for line in task.price():
-        say(f"price: {line}")
     folder = run or out.with_name(f"{out.name}.run")
-    if task.trains:
-        say(f"checkpoints: {folder}, {'where they stay' if run else 'until the model is saved; with --run they stay'}")
+    price = _price_of(task, folder, "where they stay" if run else "until the model is saved; with --run they stay")
     if dry_run:
         if as_json:
-            print_json({"price": task.price()})
+            print_json({"price": price})
         return
     mended = task.run(Progress(), folder)
     if not as_json:
@@ -140,6 +140,16 @@ def recover(
         print_json({**asdict(saved), "folder": str(saved.folder), "recovery": mended.record.model_dump(mode="json")})
     else:
         print_saved(saved, subject.identity.parameters)
+
+
+def _price_of(task: "Task", folder: Path, stay: str) -> list[str]:
+    """What a recovery costs, said."""
+    price = task.price()
+    for line in price:
+        say(f"price: {line}")
+    if task.trains:
+        say(f"checkpoints: {folder}, {stay}")
+    return price
 
 
 def _plan_of(pruned: Path) -> Path:

@@ -43,26 +43,32 @@ class SampledLoss(Loss):
             )
 
     def draw(self, probabilities: "Tensor") -> "tuple[Tensor, Tensor]":
-        """Tokens and their chances, both [vocabulary], from what the whole model thinks of each, [V].
+        """Tokens and their chances, both [vocabulary], from what the whole model thinks of each, [V]."""
+        return drawn(chances_of(probabilities, self.vocabulary), self.vocabulary, self.seed)
 
-        Pareto sampling: those with the least odds of u[v] against pi[v], u uniform in (0, 1). It draws as many as were
-        asked for, and to change q a little changes few of them, so that another machine draws nearly the same.
-        """
-        import torch
 
-        share = probabilities.double().cpu() / probabilities.sum().cpu()
-        chances = self._chances((1 - EVEN) * share + EVEN / len(share))
-        uniform = torch.rand(len(share), generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
-        odds = uniform / (1 - uniform) * (1 - chances) / chances
-        tokens = odds.argsort(stable=True)[: self.vocabulary].sort().values
-        return tokens, chances[tokens]
+def chances_of(probabilities: "Tensor", count: int) -> "Tensor":
+    """The chance of each token [V] to be among `count` drawn ones: min(1, c q), with c so that they add up to that."""
+    share = probabilities.double().cpu() / probabilities.sum().cpu()
+    q = (1 - EVEN) * share + EVEN / len(share)
+    wanted = min(count, len(q))
+    chances = q * wanted / q.sum()
+    while bool((chances > 1).any()):
+        certain = chances >= 1
+        left = wanted - int(certain.sum())
+        chances = (q * left / q[~certain].sum()).masked_fill(certain, 1.0)
+    return chances
 
-    def _chances(self, q: "Tensor") -> "Tensor":
-        """min(1, c q) with c so that they add up to `vocabulary`."""
-        wanted = min(self.vocabulary, len(q))
-        chances = q * wanted / q.sum()
-        while bool((chances > 1).any()):
-            certain = chances >= 1
-            left = wanted - int(certain.sum())
-            chances = (q * left / q[~certain].sum()).masked_fill(certain, 1.0)
-        return chances
+
+def drawn(chances: "Tensor", count: int, seed: int) -> "tuple[Tensor, Tensor]":
+    """`count` tokens, in ascending order, and their chances.
+
+    Pareto sampling: those with the least odds of u[v] against pi[v], u uniform in (0, 1). It draws as many as were
+    asked for, and to change q a little changes few of them, so that another machine draws nearly the same.
+    """
+    import torch
+
+    uniform = torch.rand(len(chances), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    odds = uniform / (1 - uniform) * (1 - chances) / chances
+    tokens = odds.argsort(stable=True)[:count].sort().values
+    return tokens, chances[tokens]

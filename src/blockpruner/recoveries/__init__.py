@@ -41,7 +41,23 @@ def parse_chain(text: str, *, seed: int = 0) -> tuple[Recovery, ...]:
     methods = split_methods(text)
     if not methods:
         raise InputError("no recovery is named", fix=f"choose one of {', '.join(RECOVERIES)}")
-    return tuple(parse_recovery(method, seed=seed) for method in methods)
+    chain = tuple(parse_recovery(method, seed=seed) for method in methods)
+    check_heads(chain)
+    return chain
+
+
+def check_heads(chain: Sequence[Recovery]) -> None:
+    """InputError if a method of the chain needs the dense model's head, and one before it trains the head."""
+    trained = ""
+    for method in chain:
+        keeps = isinstance(method, Trained) and method.keeps_head
+        if trained and keeps:
+            raise InputError(
+                f"{method.title} as it is asked for needs the head that the dense model has, and {trained} trains it",
+                fix="use loss=kl, without vocabulary, or another order",
+            )
+        if isinstance(method, Trained) and method.whole and not keeps:
+            trained = method.title
 
 
 def format_chain(chain: Sequence[Recovery]) -> str:

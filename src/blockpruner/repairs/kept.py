@@ -5,7 +5,7 @@ checkpoints (`training`), so this is for closed forms. Disk: all of a repair, al
 """
 
 import hashlib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save
@@ -17,7 +17,7 @@ from blockpruner.errors import RunFolderError
 from blockpruner.loading.models import computation
 from blockpruner.repairs.recovery import Bench, GapRecord
 from blockpruner.standin import Replacement
-from blockpruner.surgery.gaps import Repair
+from blockpruner.surgery.gaps import Repair, device_of, gaps
 
 MADE = "made"
 Made = tuple[Repair, tuple[GapRecord, ...]]
@@ -75,16 +75,15 @@ def kept(bench: Bench, method: str) -> Made | None:
         else:
             path, _, name = rest.rpartition("/")
             inside.setdefault(path, {})[name] = value
-    replacements = {path: _filled(bench, path, spec, inside[path]) for path, spec in record.replacements.items()}
+    devices = {gap.path: device_of(bench.model, gap) for gap in gaps(bench.anatomy, bench.mask)}
+    replacements = {path: _filled(spec, inside[path], devices[path]) for path, spec in record.replacements.items()}
     spans = {path: parse_mask(blocks) for path, blocks in record.spans.items()}
     return Repair(replacements, weights, spans, parse_mask(record.made_up)), record.gaps
 
 
-def _filled(bench: Bench, path: str, spec: dict[str, str | int | float], numbers: dict[str, Tensor]) -> Replacement:
-    given: dict[str, object] = dict(spec)
-    made = Replacement(**given)  # pyright: ignore[reportArgumentType]  (as `Replacement.spec` wrote it)
-    device = next((p.device for p in bench.model.get_submodule(path).parameters()), torch.device("cpu"))
-    made.to(device, next(iter(numbers.values())).dtype).load_state_dict(numbers)
+def _filled(spec: dict[str, Any], numbers: dict[str, Tensor], device: torch.device) -> Replacement:
+    made = Replacement(**spec).to(device, numbers["bias"].dtype)
+    made.load_state_dict(numbers)
     return made.requires_grad_(False)
 
 

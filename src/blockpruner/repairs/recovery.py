@@ -232,6 +232,11 @@ class Trained:
         """Whether the dense model runs beside the one that is trained."""
         return self.teacher or getattr(self, "loss", "lm") != "lm" or bool(getattr(self, "hidden", 0.0))
 
+    @property
+    def keeps_head(self) -> bool:
+        """Whether the loss is one of states under the dense model's head, about which nothing is learnt then."""
+        return getattr(self, "loss", "lm") == "fisher" or bool(getattr(self, "vocabulary", 0))
+
     def windows(self, held: int, tokens: int) -> int:
         """How many windows are seen in all, of `held` windows of so many tokens."""
         return max(1, -(-self.tokens // tokens) if self.tokens else round(self.epochs * held))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from blockpruner.errors import UnsupportedModelError
 from blockpruner.metrics import divergences
-from blockpruner.objectives.sampled_loss import SampledLoss
+from blockpruner.objectives.sampled_loss import chances_of, drawn
 from blockpruner.repairs.at_the_head import AtTheHead
 from blockpruner.repairs.pupil import Pupil
 from blockpruner.repairs.teaching import LOGITS_AT_ONCE, short_of
@@ -41,8 +41,7 @@ class SampledDivergence(AtTheHead):
 
     def prepare(self) -> None:
         """Draw; from torch's generator, which a training seeds for each pass."""
-        seed = int(torch.randint(2**62, ()))
-        tokens, chances = SampledLoss(vocabulary=self.vocabulary, seed=seed).draw(self.thought_of)
+        tokens, chances = drawn(self.chances, self.vocabulary, seed=int(torch.randint(2**62, ())))
         weight, bias = self.head.weight.detach(), self.head.bias
         tokens, less = tokens.to(weight.device), chances.log().float().to(weight.device)
         self.drawn = weight[tokens], None if bias is None else bias.detach()[tokens], less
@@ -61,14 +60,14 @@ class SampledDivergence(AtTheHead):
 
     @cached_property
     @torch.no_grad()
-    def thought_of(self) -> Tensor:
-        """What the dense model thinks of each token on average over the sample, [vocabulary]; the model is whole."""
+    def chances(self) -> Tensor:
+        """Of each token [V] to be drawn, by what the dense model thinks of it over the sample; the model is whole."""
         size = len(self.head.weight)
         total = torch.zeros(size)
         for row in self.sample.to(self.pupil.model.device).rows():
             for logits, _ in self.predicted(row):
                 total += logits.float().softmax(-1).sum(0)[:size].cpu()
-        return total / total.sum()
+        return chances_of(total, self.vocabulary)
 
     def probe(self, examples: Examples, numbers: Mapping[str, nn.Parameter]) -> None:
         super().probe(examples, numbers)

@@ -24,11 +24,6 @@ class Taught(NamedTuple):
         """What a record says of it: the loss, and what is not as usual."""
         return {key: value for key, value in self._asdict().items() if value != self._field_defaults.get(key)}
 
-    @property
-    def keeps_head(self) -> bool:
-        """Whether nothing is learnt about the head."""
-        return self.loss == "fisher" or bool(self.vocabulary)
-
     def lesson(self, pupil: Pupil, text: Examples) -> Predictions:
         """text: that what means over tokens are needed for is taken from."""
         if self.loss == "fisher":

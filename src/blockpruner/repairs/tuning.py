@@ -40,7 +40,7 @@ def train_weights(bench: Bench, options: Trained, taught: Taught) -> tuple[Repai
     check_predicts(bench.model, bench.examples)
     maps = {path: live(module, options) for path, module in bench.start.replacements.items()}
     left = left_of(bench)
-    if taught.keeps_head:
+    if options.keeps_head:
         head = {id(parameter) for parameter in head_of(bench.model).parameters()}
         left = {name: parameter for name, parameter in left.items() if id(parameter) not in head}
 

@@ -124,7 +124,7 @@ class Race:
     rest evenly on the others (union bound); these are t intervals, exact for independent pieces and normal means, but
     for the choice of the smaller of two margins, with which a few more of them miss. Neither quite holds for text:
     pieces of one window resemble each other, so that long windows make errors more frequent. On recorded losses, where
-    neighbours in windows of 256 tokens correlate by 0.03 to 0.10, 1 of 8,000 races erred, of which delta allows 400
+    neighbours in windows of 256 tokens correlate by 0.03 to 0.20, 2 of 14,400 races erred, of which delta allows 720
     (experiments/racing_simulation.json).
 
     growth: of what is seen from one look to the next, at least. More of it makes fewer looks, on more pieces in all.
