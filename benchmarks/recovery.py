@@ -16,6 +16,9 @@ is never the smaller one, and by less than one block the larger.
 fitted to it too, so that recovery inside the search stands beside recovery after it; blocks differ in size, so compare
 rows by their parameters.
 
+--tasks N adds to the rows of what --only names the first N items each of PIQA, ARC-Easy and LAMBADA, as
+lm-evaluation-harness scores them, each beside the dense model and the plain plan on the same items.
+
 A row is a plan, a method, what it was fitted on, a number of removals, a dtype and a text, and stands beside plain rows
 of its own dtype. Rows are written as they come, and the same command goes on after an interruption; a method that fails
 is a row that says why.
@@ -38,6 +41,9 @@ from blockpruner.blocks import Mask
 from blockpruner.console import Progress
 from blockpruner.data import Data, read_data
 from blockpruner.errors import BlockprunerError, InputError
+from blockpruner.evaluation.paired import Comparison, compare, together
+from blockpruner.evaluation.suites import Task
+from blockpruner.evaluation.tasks import Harness
 from blockpruner.loading.models import load
 from blockpruner.objectives.loss import Loss
 from blockpruner.plan import Plan
@@ -88,6 +94,7 @@ TRAINED = (
     "continued:tokens={tokens},patience=0",
 )
 INSIDE = ("", "bias", "linear:rank=64", "linear")  # what is done to the plan of a search with recovery inside
+TASKS = (Task("piqa", 0, "acc"), Task("arc_easy", 0, "acc"), Task("lambada", 0, "acc"))
 CEILING = "lora:tokens={tokens},patience=0,accumulate=4"
 
 
@@ -205,9 +212,56 @@ class Bench:
             new = [{**self._named(run), "text": text, "failed": str(error)} for text in self.texts]
             print(f"    failed: {error}", flush=True)
         self.figures["rows"] = [*(row for row in self.rows if row not in held), *new]
+        self._write()
+
+    def _write(self) -> None:
         part = self.file.with_suffix(".part")
         part.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
         part.replace(self.file)
+
+    def task(self, run: Run) -> None:
+        """The tasks of one run, in its rows, unless they are there; those that it stands beside come first."""
+        self.do(run)
+        rows = [row for text in self.texts if (row := self.found(run, text)) and "failed" not in row]
+        if not rows or all(row["tasks"] for row in rows):
+            return
+        named, beside = [str(run)], {"dense": Run("", 0), "pruned": Run("", run.blocks, plan=run.plan)}
+        for name, other in beside.items():
+            if other != run and (other.blocks or run.blocks):
+                self.task(other)
+                named.append(name)
+        print(f"--- {run}: tasks", flush=True)
+        answers = self.answers.setdefault(self.subject.dtype, {})
+        mine = answers[str(run)] = self._answered(run)
+        told = {task: _share(column) for task, column in mine.items()}
+        for name in named[1:]:
+            its = answers[str(beside[name])]
+            for task, found in together({task: _compared(its[task], mine[task]) for task in mine}).items():
+                told[task][f"beside_{name}"] = found.model_dump(mode="json", exclude={"test", "higher_is_better"})
+        for row in rows:
+            row["tasks"] = told
+        self._write()
+
+    @property
+    def answers(self) -> dict[str, dict[str, dict[str, str]]]:
+        """By dtype and run what came out for each item of each task, a digit for each: 1 where it was right."""
+        return self.figures.setdefault("answers", {})
+
+    def _answered(self, run: Run) -> dict[str, str]:
+        mask, options = self.mask(run), self.options
+        repair = self._recovered(run, mask)[0] if run.method else UNREPAIRED
+        harness, answers = Harness(options.data / "lm_eval"), dict[str, str]()
+        for task in TASKS:
+            with repaired(self.subject.model, self.subject.anatomy, mask, repair):
+                found = harness.run(
+                    *(self.subject.model, self.subject.tokenizer, task),
+                    contestant=str(run),
+                    computation="",
+                    limit=options.tasks,
+                    batch=8,
+                )
+            answers[task.name] = "".join(str(int(value)) for value in found.column().values())
+        return answers
 
     def _measured(self, run: Run) -> list[dict[str, Any]]:
         mask, start = self.mask(run), time.perf_counter()
@@ -236,10 +290,8 @@ class Bench:
 
     def _recovered(self, run: Run, mask: Mask) -> tuple[Repair, dict[str, Any]]:
         subject, chain = self.subject, parse_chain(run.method)
-        fit, folder = self.fit[run.trained].examples, None
-        if run.trained:
-            name = "".join(letter if letter.isalnum() else "-" for letter in str(run))
-            folder = self.options.runs / name
+        fit = self.fit[run.trained].examples
+        folder = self.options.runs / "".join(letter if letter.isalnum() else "-" for letter in str(run))
         repair, record = recover(
             *(subject.model, subject.anatomy, mask, chain, fit, self.judge.examples),
             progress=Progress(),
@@ -295,6 +347,16 @@ def _told(found: Any) -> dict[str, Any]:
     }
 
 
+def _share(column: str) -> dict[str, Any]:
+    """The share of right answers."""
+    n, right = len(column), column.count("1") / len(column)
+    return {"acc": right, "standard_error": (right * (1 - right) / (n - 1)) ** 0.5, "n": n}
+
+
+def _compared(reference: str, contestant: str) -> Comparison:
+    return compare([float(digit) for digit in reference], [float(digit) for digit in contestant])
+
+
 def runs(options: argparse.Namespace) -> list[Run]:
     """All of them, those first that others are beside."""
     closed = [Run(method, blocks) for blocks in SIZES for method in ("", *CLOSED)]
@@ -329,11 +391,14 @@ def main() -> None:
     parser.add_argument("--judge", type=int, default=4096, help="held-out tokens that make choices")
     parser.add_argument("--report", type=int, default=8192, help="tokens of each text that is reported on")
     parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--tasks", type=int, default=0, help="items of each task, for the runs that --only names")
     parser.add_argument("--runs", type=Path, default=Path("runs/recovery"), help="checkpoints of what is trained")
     options = parser.parse_args()
     bench = Bench(options)
     for run in wanted(runs(options), options.only):
         bench.do(run)
+        if options.tasks:
+            bench.task(run)
 
 
 if __name__ == "__main__":

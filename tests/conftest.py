@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from blockpruner import cli
 
 torch.set_num_threads(1)  # on work this small, threads wait for each other longer than they compute
+# A shell has its background jobs ignore it, and what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Said = namedtuple("Said", ["code", "out", "err"])
 
