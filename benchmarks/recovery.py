@@ -34,22 +34,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from beside import accuracy, compared, jackknife, mean_of, told, won
 from search_cost import commit
 from torch.utils.flop_counter import FlopCounterMode
 
 from blockpruner.blocks import Mask
 from blockpruner.console import Progress
 from blockpruner.data import Data, read_data
+from blockpruner.engine.objective import ModelObjective
 from blockpruner.errors import BlockprunerError, InputError
-from blockpruner.evaluation.paired import Comparison, compare, together
+from blockpruner.evaluation.paired import together
 from blockpruner.evaluation.suites import Task
 from blockpruner.evaluation.tasks import Harness
 from blockpruner.loading.models import load
 from blockpruner.objectives.loss import Loss
 from blockpruner.plan import Plan
 from blockpruner.recoveries import parse_chain
-from blockpruner.recovering import loss, recover
+from blockpruner.recovering import recover
 from blockpruner.repairs.recovery import Trained
+from blockpruner.searching.contract import DENSE, Values
+from blockpruner.searching.evaluations import Evaluations
 from blockpruner.subject import Subject, open_subject
 from blockpruner.surgery.gaps import UNREPAIRED, Repair, repaired
 
@@ -66,10 +70,13 @@ CLOSED = (
     "span",
     "span:rank=64",
     "refit",
+    "linear:rank=64,target=dense,refit",
     "linear:target=dense,refit",
 )
 # Settings for few tokens: a step for every four windows, and larger ones.
 FEW = "tokens={tokens},patience=0,accumulate=1,evaluate_every=24"
+# New text for what the closed form before it was fitted to, and what goes with it.
+WRITTEN = "lr=5e-4,beta2=0.99,rank=16,alpha=16,dropout=0,schedule=cosine,loss=kl,vocabulary=16384,written=1"
 # {tokens}: those of --trained, which all of them see, in steps of 16 windows; maps, in chains or alone, are fitted on
 # them too, so that what comes of training is apart from what comes of more text.
 TRAINED = (
@@ -87,6 +94,7 @@ TRAINED = (
     f"span,lora:{FEW},lr=1e-3,rank=16,alpha=32,loss=fisher",
     f"span,refit,lora:{FEW},lr=1e-3,rank=16,alpha=32,loss=fisher",
     f"linear:target=dense,refit,lora:{FEW},lr=2e-4,rank=16,alpha=16,dropout=0,schedule=cosine,loss=kl,vocabulary=16384",
+    f"linear:target=dense,refit,lora:{FEW},{WRITTEN}",
     f"span,distill:{FEW}",
     "streamline:tokens={tokens},patience=0",
     "linear:rank=64,streamline:tokens={tokens},patience=0",
@@ -95,7 +103,7 @@ TRAINED = (
 )
 INSIDE = ("", "bias", "linear:rank=64", "linear")  # what is done to the plan of a search with recovery inside
 TASKS = (Task("piqa", 0, "acc"), Task("arc_easy", 0, "acc"), Task("lambada", 0, "acc"))
-CEILING = "lora:tokens={tokens},patience=0,accumulate=4"
+CEILING = f"lora:{FEW},lr=2e-4,rank=16,alpha=16,dropout=0,schedule=cosine"
 
 
 @dataclass(frozen=True)
@@ -206,6 +214,7 @@ class Bench:
         if all(row and "failed" not in row for row in held):
             return
         print(f"--- {run}", flush=True)
+        self._known_windows.pop(str(run), None)
         try:
             new = self._measured(run)
         except BlockprunerError as error:
@@ -233,13 +242,13 @@ class Bench:
         print(f"--- {run}: tasks", flush=True)
         answers = self.answers.setdefault(self.subject.dtype, {})
         mine = answers[str(run)] = self._answered(run)
-        told = {task: _share(column) for task, column in mine.items()}
+        tasks = {task: accuracy(column) for task, column in mine.items()}
         for name in named[1:]:
             its = answers[str(beside[name])]
-            for task, found in together({task: _compared(its[task], mine[task]) for task in mine}).items():
-                told[task][f"beside_{name}"] = found.model_dump(mode="json", exclude={"test", "higher_is_better"})
+            for task, found in together({task: compared(its[task], mine[task]) for task in mine}).items():
+                tasks[task][f"beside_{name}"] = found.model_dump(mode="json", exclude={"test", "higher_is_better"})
         for row in rows:
-            row["tasks"] = told
+            row["tasks"] = tasks
         self._write()
 
     @property
@@ -265,9 +274,9 @@ class Bench:
 
     def _measured(self, run: Run) -> list[dict[str, Any]]:
         mask, start = self.mask(run), time.perf_counter()
-        repair, told = UNREPAIRED, dict[str, Any]()
+        repair, said = UNREPAIRED, dict[str, Any]()
         if run.method:
-            repair, told = self._recovered(run, mask)
+            repair, said = self._recovered(run, mask)
         seconds = time.perf_counter() - start
         parameters = self.parameters(mask) + repair.added_parameters
         shared = {
@@ -276,7 +285,7 @@ class Bench:
             "added_parameters": repair.added_parameters,
             "parameters": parameters,
             "prefill_flops": self._prefill(mask, repair),
-            **told,
+            **said,
         }
         return [
             {**shared, **self._worth(run, text, mask, repair, parameters), "seconds": round(seconds, 1), "tasks": None}
@@ -299,31 +308,50 @@ class Bench:
         )
         gaps = [gap.model_dump(mode="json", exclude={"curve"}) for gap in record.gaps]
         said = {"tokens": record.tokens[0], "applied": record.applied, "reason": record.reason, "gaps": gaps}
-        said |= {"held_out": {"pruned": _told(record.pruned), "recovered": _told(record.recovered)}}
+        said |= {"held_out": {"pruned": told(record.pruned), "recovered": told(record.recovered)}}
         trained = any(isinstance(method, Trained) for method in chain)
         return repair, {**said, "trained_tokens": self.options.trained if trained else 0}
 
     def _worth(self, run: Run, text: str, mask: Mask, repair: Repair, parameters: int) -> dict[str, Any]:
         """The loss on a text, beside those of the dense model, the plain plan and the plain plan of equal size."""
-        found = loss(self.subject.model, self.subject.anatomy, self.texts[text].examples, mask, repair)
-        mine = {"text": text, **_told(found)}
+        mine = self._windows(run, text, mask, repair)
+        row = {"text": text, **mean_of(mine)}
         if not run.method:
-            return mine
-        dense, pruned = self._plain(Run("", 0), text), self._plain(Run("", run.blocks, plan=run.plan), text)
-        won = None
-        if found and pruned["log_perplexity"] not in (None, dense["log_perplexity"]) and run.blocks:
-            won = (pruned["log_perplexity"] - found.value) / (pruned["log_perplexity"] - dense["log_perplexity"])
+            return row
         sizes = {blocks: self.parameters(mask) for blocks, mask in self.masks("searched").items()}
         equal = max(blocks for blocks, size in sizes.items() if size >= parameters or not blocks)
-        beside = self._plain(Run("", equal), text)
         names = ("removed_blocks", "parameters", "log_perplexity", "standard_error")
+        others = {"dense": Run("", 0), "pruned": Run("", run.blocks, plan=run.plan), "equal": Run("", equal)}
+        rows = {name: self._plain(other, text) for name, other in others.items()}
+        windows = {name: self._windows(other, text, self.mask(other), UNREPAIRED) for name, other in others.items()}
+        share, error = jackknife(won, windows["dense"], windows["pruned"], mine) if run.blocks else (None, None)
+        gap = jackknife(lambda own, other: own - other, mine, windows["equal"])
         return {
-            **mine,
-            "dense": dense["log_perplexity"],
-            "pruned": pruned["log_perplexity"],
-            "recovered_share": won,
-            "equal_parameters": {name: beside[name] for name in names},
+            **row,
+            "dense": rows["dense"]["log_perplexity"],
+            "pruned": rows["pruned"]["log_perplexity"],
+            "recovered_share": share,
+            "recovered_share_error": error,
+            "equal_parameters": {name: rows["equal"][name] for name in names}
+            | {"difference": gap[0], "difference_error": gap[1]},
         }
+
+    @property
+    def _known_windows(self) -> dict[str, dict[str, str]]:
+        """By run and text, the loss of each window, of runs in this dtype."""
+        return self.figures.setdefault("windows", {}).setdefault(self.subject.dtype, {})
+
+    def _windows(self, run: Run, text: str, mask: Mask, repair: Repair) -> Values:
+        """The loss of each window of a text, in nats a token; computed once for each run, and kept on one line."""
+        known = self._known_windows.setdefault(str(run), {})
+        if text not in known:
+            print(f"    {run}: {text}", flush=True)
+            model, anatomy = self.subject.model, self.subject.anatomy
+            with repaired(model, anatomy, mask, repair):
+                asked = Evaluations(ModelObjective(model, anatomy, self.texts[text].examples))
+                asked.losses([DENSE], "measuring")
+            known[text] = " ".join(f"{value:.6f}" for value in asked.values(DENSE))
+        return tuple(map(float, known[text].split()))
 
     def _plain(self, run: Run, text: str) -> dict[str, Any]:
         self.do(run)
@@ -338,23 +366,6 @@ class Bench:
         with repaired(model, self.subject.anatomy, mask, repair), FlopCounterMode(display=False) as counter:
             model.base_model(input_ids=window.to(model.device), use_cache=False)
         return counter.get_total_flops()
-
-
-def _told(found: Any) -> dict[str, Any]:
-    return {
-        "log_perplexity": found.value if found else None,
-        "standard_error": found.stderr if found else None,
-    }
-
-
-def _share(column: str) -> dict[str, Any]:
-    """The share of right answers."""
-    n, right = len(column), column.count("1") / len(column)
-    return {"acc": right, "standard_error": (right * (1 - right) / (n - 1)) ** 0.5, "n": n}
-
-
-def _compared(reference: str, contestant: str) -> Comparison:
-    return compare([float(digit) for digit in reference], [float(digit) for digit in contestant])
 
 
 def runs(options: argparse.Namespace) -> list[Run]:

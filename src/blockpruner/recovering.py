@@ -20,6 +20,7 @@ from blockpruner.registry import format_method
 from blockpruner.repairs.courses import rows_of
 from blockpruner.repairs.kept import Made, keep, kept
 from blockpruner.repairs.recovery import Bench, GapRecord, Recovery, RecoveryRecord, StepRecord, Trained
+from blockpruner.repairs.written import with_written
 from blockpruner.searching.contract import DENSE, Progress
 from blockpruner.searching.evaluations import Evaluations
 from blockpruner.surgery.gaps import UNREPAIRED, Repair, repaired
@@ -96,6 +97,8 @@ def recover(
 def _made(bench: Bench, method: Recovery, name: str) -> Made:
     """What a method makes, or made before it was killed later in the chain; trainings see to that themselves."""
     if isinstance(method, Trained):
+        if method.written:
+            bench = replace(bench, examples=with_written(bench, method.written, method.seed))
         return method.repair(bench)
     made = kept(bench, name)
     if made is None:

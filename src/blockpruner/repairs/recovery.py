@@ -192,8 +192,10 @@ class Trained:
     whose loss is the mean over all their predicted tokens.
     clip: the largest norm of a gradient, 0 for none. evaluate_every: steps between looks at the held-out loss (0: ten
     times in all), the best of which is kept; patience: looks without a better one that end the training, 0 for no end.
-    masters: what the trained numbers are summed in, float32 or the model's own dtype (`stored`). seed: of the order of
-    the windows, of random beginnings and of dropout.
+    masters: what the trained numbers are summed in, float32 or the model's own dtype (`stored`). written: share of the
+    windows that the dense model writes itself from their first tokens (`repairs.written`): new text for what a method
+    before this one was fitted to. seed: of the order of the windows, of what is written, of random beginnings and of
+    dropout.
     """
 
     tokens: int = 0
@@ -209,6 +211,7 @@ class Trained:
     evaluate_every: int = 0
     patience: int = 3
     masters: Literal["float32", "stored"] = "float32"
+    written: float = 0.0
     seed: int = 0
 
     whole: ClassVar[bool] = False  # whether all weights are trained, which are then a second copy of the dense model's
@@ -221,10 +224,12 @@ class Trained:
         wrong += [name for name in ("weight_decay", "clip") if getattr(self, name) < 0]
         wrong += [name for name in ("lr", "epochs") if not getattr(self, name) > 0]
         wrong += [] if 0 < self.beta2 < 1 else ["beta2"]
+        wrong += [] if 0 <= self.written <= 1 else ["written"]
         if wrong:
             raise InputError(
                 f"nothing can be trained with {wrong[0]}={getattr(self, wrong[0])}",
-                fix="give lr, epochs, batch and accumulate above 0, beta2 between 0 and 1, and no negative number",
+                fix="give lr, epochs, batch and accumulate above 0, beta2 between 0 and 1, written from 0 to 1, and no "
+                "negative number",
             )
 
     @property
@@ -260,7 +265,9 @@ class Trained:
         judged = len(bench.held_out) * bench.held_out.tokens
         each = 3 * (4 if self.masters == "float32" else bench.model.dtype.itemsize)
         disk = readable_bytes(2 * each * self.numbers(bench))
-        return f"{self.effort(len(bench.examples), bench.examples.tokens, judged)}, up to {disk} of checkpoints on disk"
+        held, tokens = len(bench.examples), bench.examples.tokens
+        first = f"{round(self.written * held):,} windows of {tokens} tokens written, " if self.written else ""
+        return f"{first}{self.effort(held, tokens, judged)}, up to {disk} of checkpoints on disk"
 
     def effort(self, held: int, tokens: int, judged: int) -> str:
         """What is computed on `held` windows of so many tokens, and copied; judged: held-out tokens."""

@@ -149,7 +149,8 @@ def wide(value: Tensor, options: Trained) -> torch.dtype:
 
 def told(options: Trained, trace: Trace, force: bool) -> Told:
     """The settings that a record names."""
-    return {"lr": options.lr, "steps": trace.step, "best step": trace.best(force)}
+    written: Told = {"written": options.written} if options.written else {}
+    return {"lr": options.lr, **written, "steps": trace.step, "best step": trace.best(force)}
 
 
 def record_of(bench: Bench, place: str, settings: Told, trace: Trace, blocks: Mask | None = None) -> GapRecord:

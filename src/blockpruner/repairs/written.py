@@ -1,0 +1,101 @@
+"""Text that the dense model writes itself, in the place of some of the text that a pruned model is trained on.
+
+What a closed form was fitted to teaches little more: there the pruned model is better than on other text already. The
+dense model goes on from the first tokens of a window, each token drawn from its predictions at temperature 1, so that
+what it thinks of the text that follows is all that there is to learn, and no text but the user's is needed.
+Cost: one pass of the dense model over each token, one token after the other, with its cache. Memory: a cache of AT_ONCE
+tokens, and the logits of one position of as many windows.
+Source: sequence-level distillation, Kim and Rush 2016, arXiv 1606.07947; from the beginnings of text as in LLM-QAT, Liu
+et al. 2023, arXiv 2305.17888.
+"""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from blockpruner.anatomy.probing import evaluating
+from blockpruner.artifacts import write_bytes
+from blockpruner.errors import InputError, RunFolderError
+from blockpruner.loading.models import computation
+from blockpruner.repairs.recovery import Bench
+from blockpruner.texts.examples import Examples
+
+PROMPT = 16  # tokens that the dense model goes on from
+AT_ONCE = 8192  # tokens whose cache is held
+FILE = "written.safetensors"
+
+
+def with_written(bench: Bench, share: float, seed: int) -> Examples:
+    """The bench's examples, a share of whose windows go on after their first tokens as the dense model has it.
+
+    Which windows depends on the seed. What was written is kept in the bench's folder, batch by batch, so that a killed
+    run goes on with it. InputError for a model that does not predict next tokens; RunFolderError where the folder has
+    text of another model, seed or beginnings.
+    """
+    examples = bench.examples
+    chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[
+        : round(share * len(examples))
+    ]
+    if examples.question != "next token" or not len(chosen):
+        raise InputError(
+            f"nothing can be written for written={share}: {len(examples)} windows, {examples.question} predicted",
+            fix="leave out written",
+        )
+    ids = examples.inputs["input_ids"].clone()
+    begun = ids[chosen, : min(PROMPT, ids.shape[1] // 2)]
+    identity = hashlib.sha256(f"{computation(bench.model)} {seed} {begun.tolist()} {ids.shape}".encode()).hexdigest()
+    done = _kept(bench.folder, identity)
+    at_once = max(1, AT_ONCE // ids.shape[1])
+    for start in range(len(done), len(chosen), at_once):
+        bench.report(start, len(chosen), "the dense model writes windows")
+        made = _continued(bench, begun[start : start + at_once], ids.shape[1], seed * 1_000_003 + start)
+        done = torch.cat([done, made]) if len(done) else made
+        if bench.folder is not None:
+            write_bytes(bench.folder / FILE, save({"tokens": done}, {"identity": identity}))
+    ids[chosen] = done.to(ids)
+    targets = examples.targets.clone()
+    targets[chosen, :-1] = ids[chosen, 1:]
+    return replace(examples, inputs={**examples.inputs, "input_ids": ids}, targets=targets)
+
+
+def _kept(folder: Path | None, identity: str) -> Tensor:
+    """The windows that an earlier run has written."""
+    if folder is None or not (folder / FILE).exists():
+        return torch.empty(0, dtype=torch.long)
+    with safe_open(folder / FILE, framework="pt") as file:
+        if (file.metadata() or {}).get("identity") != identity:
+            raise RunFolderError(
+                f"{folder / FILE} is of another recovery (other text, model or seed)",
+                fix="name another --run, or remove that folder",
+            )
+        return file.get_tensor("tokens")
+
+
+@torch.no_grad()
+def _continued(bench: Bench, begun: Tensor, length: int, seed: int) -> Tensor:
+    """Windows of `length` tokens that begin so, on the CPU; no end of text is drawn."""
+    model: Any = bench.model
+    new, pad = length - begun.shape[1], model.generation_config.pad_token_id
+    begun = begun.to(model.device)
+    with evaluating(model), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed % 2**63)
+        made = model.generate(
+            begun,
+            attention_mask=torch.ones_like(begun),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_beams=1,
+            repetition_penalty=1.0,
+            pad_token_id=0 if pad is None else pad,
+        )
+    return made.cpu()
