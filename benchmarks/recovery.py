@@ -75,8 +75,11 @@ CLOSED = (
 )
 # Settings for few tokens: a step for every four windows, and larger ones.
 FEW = "tokens={tokens},patience=0,accumulate=1,evaluate_every=24"
-# New text for what the closed form before it was fitted to, and what goes with it.
-WRITTEN = "lr=5e-4,beta2=0.99,rank=16,alpha=16,dropout=0,schedule=cosine,loss=kl,vocabulary=16384,written=1"
+# New text for what the closed form before it was fitted to, a window a step.
+WRITTEN = (
+    "tokens={tokens},patience=0,batch=1,accumulate=1,evaluate_every=75,lr=5e-4,beta2=0.99,rank=16,alpha=16,dropout=0,"
+    "schedule=cosine,loss=kl,vocabulary=16384,written=1"
+)
 # {tokens}: those of --trained, which all of them see, in steps of 16 windows; maps, in chains or alone, are fitted on
 # them too, so that what comes of training is apart from what comes of more text.
 TRAINED = (
@@ -94,7 +97,7 @@ TRAINED = (
     f"span,lora:{FEW},lr=1e-3,rank=16,alpha=32,loss=fisher",
     f"span,refit,lora:{FEW},lr=1e-3,rank=16,alpha=32,loss=fisher",
     f"linear:target=dense,refit,lora:{FEW},lr=2e-4,rank=16,alpha=16,dropout=0,schedule=cosine,loss=kl,vocabulary=16384",
-    f"linear:target=dense,refit,lora:{FEW},{WRITTEN}",
+    f"linear:target=dense,refit,lora:{WRITTEN}",
     f"span,distill:{FEW}",
     "streamline:tokens={tokens},patience=0",
     "linear:rank=64,streamline:tokens={tokens},patience=0",

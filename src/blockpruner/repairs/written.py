@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from blockpruner.anatomy.probing import evaluating
+from blockpruner.anatomy.probing import evaluating, without_cache
 from blockpruner.artifacts import write_bytes
 from blockpruner.errors import InputError, RunFolderError
 from blockpruner.loading.models import computation
@@ -29,14 +29,15 @@ from blockpruner.texts.examples import Examples
 PROMPT = 16  # tokens that the dense model goes on from
 AT_ONCE = 8192  # tokens whose cache is held
 FILE = "written.safetensors"
+LOOK, APART = 16, 0.05  # tokens by which drawing is checked, and the largest total variation that rounding makes
 
 
 def with_written(bench: Bench, share: float, seed: int) -> Examples:
     """The bench's examples, a share of whose windows go on after their first tokens as the dense model has it.
 
     Which windows depends on the seed. What was written is kept in the bench's folder, batch by batch, so that a killed
-    run goes on with it. InputError for a model that does not predict next tokens; RunFolderError where the folder has
-    text of another model, seed or beginnings.
+    run goes on with it. InputError for a model that does not predict next tokens, or others with its cache than
+    without; RunFolderError where the folder has text of another model, seed or beginnings.
     """
     examples = bench.examples
     chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[
@@ -52,6 +53,8 @@ def with_written(bench: Bench, share: float, seed: int) -> Examples:
     identity = hashlib.sha256(f"{computation(bench.model)} {seed} {begun.tolist()} {ids.shape}".encode()).hexdigest()
     done = _kept(bench.folder, identity)
     at_once = max(1, AT_ONCE // ids.shape[1])
+    if len(done) < len(chosen):
+        _check_draws(bench, begun, seed)
     for start in range(len(done), len(chosen), at_once):
         bench.report(start, len(chosen), "the dense model writes windows")
         made = _continued(bench, begun[start : start + at_once], ids.shape[1], seed * 1_000_003 + start)
@@ -77,15 +80,39 @@ def _kept(folder: Path | None, identity: str) -> Tensor:
         return file.get_tensor("tokens")
 
 
-@torch.no_grad()
-def _continued(bench: Bench, begun: Tensor, length: int, seed: int) -> Tensor:
-    """Windows of `length` tokens that begin so, on the CPU; no end of text is drawn."""
+def _check_draws(bench: Bench, begun: Tensor, seed: int) -> None:
+    """InputError if what tokens are drawn from with a cache is not what a pass over all of them predicts.
+
+    Some architectures take a cached token for another one than it is. Where both are the same, only rounding differs.
+    """
+    made = _generated(bench, begun[:2], LOOK, seed, return_dict_in_generate=True, output_logits=True)
+    cached = torch.stack(made.logits, dim=1).float().softmax(-1)
     model: Any = bench.model
-    new, pad = length - begun.shape[1], model.generation_config.pad_token_id
+    with torch.no_grad(), evaluating(model):
+        whole = model(input_ids=made.sequences, **without_cache(model)).logits[:, -LOOK - 1 : -1].float().softmax(-1)
+    apart = float((cached - whole).abs().sum(-1).max() / 2)
+    if not apart <= APART:
+        raise InputError(
+            f"{type(model).__name__} draws from other predictions with its cache than it makes without "
+            f"(total variation {apart:.2g})",
+            fix="leave out written",
+        )
+
+
+def _continued(bench: Bench, begun: Tensor, length: int, seed: int) -> Tensor:
+    """Windows of `length` tokens that begin so, on the CPU."""
+    return _generated(bench, begun, length - begun.shape[1], seed).cpu()
+
+
+@torch.no_grad()
+def _generated(bench: Bench, begun: Tensor, new: int, seed: int, **more: Any) -> Any:
+    """What transformers generates: `new` tokens drawn from all predictions as they are, but no end of text."""
+    model: Any = bench.model
+    pad = model.generation_config.pad_token_id
     begun = begun.to(model.device)
     with evaluating(model), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed % 2**63)
-        made = model.generate(
+        return model.generate(
             begun,
             attention_mask=torch.ones_like(begun),
             max_new_tokens=new,
@@ -97,5 +124,5 @@ def _continued(bench: Bench, begun: Tensor, length: int, seed: int) -> Tensor:
             num_beams=1,
             repetition_penalty=1.0,
             pad_token_id=0 if pad is None else pad,
+            **more,
         )
-    return made.cpu()
