@@ -140,9 +140,9 @@ def test_a_training_sees_what_was_written_and_its_record_says_so(bench, monkeypa
         return usual(*given)
 
     monkeypatch.setattr("blockpruner.recovering.with_written", watched)
-    given: Any = (bench.model, bench.anatomy, bench.mask)
     (closed, training) = parse_chain("linear,lora:loss=kl,written=0.5,batch=2,accumulate=1,patience=0")
-    _, record = recover(*given, (closed, training), bench.examples, bench.held_out, force=True)
+    chain = (closed, training)
+    _, record = recover(bench.model, bench.anatomy, bench.mask, chain, bench.examples, bench.held_out, force=True)
     assert len(seen) == 1
     assert len(changed(bench, SimpleNamespace(inputs={"input_ids": seen[0]}))) == 4
     assert record.steps[1].gaps[0].settings["written"] == 0.5
