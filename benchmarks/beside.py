@@ -31,6 +31,8 @@ def won(dense: float, pruned: float, recovered: float) -> float:
 def jackknife(what: Callable[..., float], *columns: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
     """A figure of the means of columns over the same windows, and its standard error from leaving each window out."""
     n, sums = len(columns[0]), [math.fsum(column) for column in columns]
+    if n < 2:
+        return None, None
     left = [what(*((s - column[out]) / (n - 1) for s, column in zip(sums, columns, strict=True))) for out in range(n)]
     whole, middle = what(*(s / n for s in sums)), fmean(left)
     error = math.sqrt((n - 1) / n * math.fsum((each - middle) ** 2 for each in left))
@@ -40,7 +42,7 @@ def jackknife(what: Callable[..., float], *columns: Sequence[float]) -> tuple[fl
 def accuracy(answers: str) -> dict[str, Any]:
     """The share of right answers, each a digit, 1 where it is right."""
     n, right = len(answers), answers.count("1") / len(answers)
-    return {"acc": right, "standard_error": math.sqrt(right * (1 - right) / (n - 1)), "n": n}
+    return {"acc": right, "standard_error": math.sqrt(right * (1 - right) / (n - 1)) if n > 1 else None, "n": n}
 
 
 def compared(reference: str, contestant: str) -> Comparison:

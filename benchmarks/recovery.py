@@ -303,7 +303,8 @@ class Bench:
     def _recovered(self, run: Run, mask: Mask) -> tuple[Repair, dict[str, Any]]:
         subject, chain = self.subject, parse_chain(run.method)
         fit = self.fit[run.trained].examples
-        folder = self.options.runs / "".join(letter if letter.isalnum() else "-" for letter in str(run))
+        name = f"{run} {subject.dtype}"
+        folder = self.options.runs / "".join(letter if letter.isalnum() else "-" for letter in name)
         repair, record = recover(
             *(subject.model, subject.anatomy, mask, chain, fit, self.judge.examples),
             progress=Progress(),

@@ -23,7 +23,7 @@ LADDER = (
     ("linear:target=dense,refit", "closed", "`linear:target=dense,refit`"),
     ("linear:target=dense,refit", "trained", "`linear:target=dense,refit`"),
     ("linear,lora:tokens", "trained", "`linear,lora`, by the text"),
-    ("span,lora:tokens", "trained", "`span,lora:loss=fisher`"),
+    ("span,lora:tokens", "fisher", "`span,lora:loss=fisher`"),
     ("linear:target=dense,refit,lora:tokens", "again", "`linear:target=dense,refit,lora:loss=kl`"),
     ("linear:target=dense,refit,lora:tokens", "written", "the same with `written=1`"),
 )
@@ -50,11 +50,12 @@ def _found(rows: list[dict[str, Any]], method: str, text: str, blocks: int = BLO
     """The rows of a method by text: in float32, where there are such."""
 
     def fits(row: dict[str, Any]) -> bool:
-        full, given = row["method"], "written" in row["method"]
+        full = row["method"]
+        marked = next((mark for mark in ("written", "fisher") if mark in full), "")
         named = full.startswith(method) if ":tokens" in method else full == method
         fitted = row.get("fitted") == ("closed" if text == "closed" else "trained")
         place = row["plan"] == PLAN and row["removed_blocks"] == blocks and "failed" not in row
-        return place and named and fitted and given == (text == "written")
+        return place and named and fitted and marked == (text if text in ("written", "fisher") else "")
 
     order = sorted(filter(fits, rows), key=lambda row: row.get("dtype") == "float32")
     return {row["text"]: row for row in order}
@@ -66,6 +67,7 @@ def _row(name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "": name,
         "tokens": f"{tokens:,}" if tokens else "",
+        "dtype": first.get("dtype", ""),
         "parameters": f"{first['parameters'] / 1e6:.1f} M",
     }
     for text in TEXTS:

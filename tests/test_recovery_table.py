@@ -30,7 +30,7 @@ def test_rows_in_float32_stand_before_others_and_failures_for_nothing(tmp_path, 
     figures.write_text(json.dumps({"rows": rows}), encoding="utf-8")
     monkeypatch.setattr(recovery_table, "FIGURES", figures)
     made = recovery_table.table()
-    assert "| `bias` | 16 | 268.1 M | 3.500 | 50% | 3.500 | 50% |" in made
+    assert "| `bias` | 16 | float32 | 268.1 M | 3.500 | 50% | 3.500 | 50% |" in made
     assert "span" not in made
     assert "left out: worse on held-out text" in made
 

@@ -11,11 +11,14 @@ from safetensors.torch import load_file
 
 from blockpruner.blocks import parse_mask
 from blockpruner.errors import InputError, RunFolderError
+from blockpruner.mending import forget
 from blockpruner.recoveries import parse_chain
+from blockpruner.recoveries.lora import Lora
 from blockpruner.recovering import recover
 from blockpruner.repairs import written
+from blockpruner.repairs.courses import order_of, windows_of_step
 from blockpruner.repairs.recovery import Bench
-from blockpruner.repairs.written import FILE, PROMPT, with_written
+from blockpruner.repairs.written import FILE, ORDER, PROMPT, with_written
 from blockpruner.texts.examples import IGNORED
 
 LENGTH = 40
@@ -31,6 +34,10 @@ def bench(tmp_path):
 
 def tokens(text) -> torch.Tensor:
     return text.inputs["input_ids"]
+
+
+def training(share, seed=0, **more) -> Any:
+    return Lora(written=share, seed=seed, **more)
 
 
 def changed(bench, text) -> list[int]:
@@ -53,10 +60,12 @@ def drawn_plainly(model, begun, length, seed):
 
 def test_windows_go_on_as_tokens_drawn_one_by_one_from_the_whole_context_do(bench, monkeypatch):
     monkeypatch.setattr(written, "AT_ONCE", 3 * LENGTH)
-    text = with_written(bench, 0.5, seed=1)
+    text = with_written(bench, training(0.5, 1))
     rows = changed(bench, text)
     assert len(rows) == 4
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))[:4]
+    seen = order_of(training(0.5, 1), 8, 0)
+    order = seen[torch.randperm(8, generator=torch.Generator().manual_seed(1_000_003 + ORDER))[:4]]
+    assert sorted(order.tolist()) == rows
     for start in range(0, 4, 3):
         own = order[start : start + 3]
         plain = drawn_plainly(bench.model, tokens(bench.examples)[own, :PROMPT], LENGTH, 1_000_003 + start)
@@ -64,7 +73,7 @@ def test_windows_go_on_as_tokens_drawn_one_by_one_from_the_whole_context_do(benc
 
 
 def test_the_first_tokens_stay_and_what_is_to_be_predicted_is_what_was_written(bench):
-    text = with_written(bench, 1.0, seed=0)
+    text = with_written(bench, training(1.0, 0))
     assert changed(bench, text) == list(range(8))
     assert torch.equal(tokens(text)[:, :PROMPT], tokens(bench.examples)[:, :PROMPT])
     assert torch.equal(text.targets[:, :-1], tokens(text)[:, 1:])
@@ -72,27 +81,43 @@ def test_the_first_tokens_stay_and_what_is_to_be_predicted_is_what_was_written(b
     assert torch.equal(tokens(bench.examples), tokens(replace(bench).examples)), "the bench's own text is left alone"
 
 
+def test_only_windows_that_the_training_sees_are_written_and_early_ones_no_more_than_late_ones(bench):
+    short = training(1.0, tokens=3 * LENGTH, batch=1, accumulate=1)
+    seen = [windows_of_step(short, bench.examples, step)[0] for step in range(3)]
+    assert changed(bench, with_written(bench, short)) == sorted(seen)
+    assert short.price(bench).startswith("3 windows of 40 tokens written, ")
+    long = Lora(written=0.5, batch=1, accumulate=1)
+    many = replace(bench, examples=examples(bench.model, 64, 4), folder=None)
+    rows = set(changed(many, with_written(many, long)))
+    early = [windows_of_step(long, many.examples, step)[0] in rows for step in range(32)]
+    assert 8 < sum(early) < 24
+
+
 def test_a_model_that_would_draw_otherwise_by_its_settings_draws_from_all_tokens(bench, monkeypatch):
-    whole = with_written(replace(bench, folder=None), 1.0, seed=0)
+    whole = with_written(replace(bench, folder=None), training(1.0, 0))
+    others = {"suppress_tokens": list(range(50)), "typical_p": 0.2, "no_repeat_ngram_size": 1, "guidance_scale": 2.0}
+    others |= {"return_dict_in_generate": True, "num_return_sequences": 2}
+    for name, value in others.items():
+        monkeypatch.setattr(bench.model.generation_config, name, value, raising=False)
     for name, value in {"top_k": 1, "top_p": 0.1, "temperature": 0.01, "repetition_penalty": 9.0}.items():
         monkeypatch.setattr(bench.model.generation_config, name, value)
-    assert torch.equal(tokens(with_written(replace(bench, folder=None), 1.0, seed=0)), tokens(whole))
+    assert torch.equal(tokens(with_written(replace(bench, folder=None), training(1.0, 0))), tokens(whole))
 
 
 def test_nothing_outside_is_drawn_from_and_the_seed_decides(bench):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first = with_written(replace(bench, folder=None), 1.0, seed=0)
+    first = with_written(replace(bench, folder=None), training(1.0, 0))
     assert torch.equal(torch.rand(3), expected)
-    again, other = (with_written(replace(bench, folder=None), 1.0, seed=seed) for seed in (0, 1))
+    again, other = (with_written(replace(bench, folder=None), training(1.0, seed)) for seed in (0, 1))
     assert torch.equal(tokens(first), tokens(again))
     assert not torch.equal(tokens(first), tokens(other))
 
 
 def test_killed_while_it_writes_it_goes_on_with_what_is_there(bench, monkeypatch):
     monkeypatch.setattr(written, "AT_ONCE", 2 * LENGTH)
-    whole = with_written(replace(bench, folder=None), 1.0, seed=0)
+    whole = with_written(replace(bench, folder=None), training(1.0, 0))
     begun: list[int] = []
     usual: Any = bench.model.generate
 
@@ -106,14 +131,14 @@ def test_killed_while_it_writes_it_goes_on_with_what_is_there(bench, monkeypatch
 
     monkeypatch.setattr(bench.model, "generate", dying)
     with pytest.raises(KeyboardInterrupt):
-        with_written(bench, 1.0, seed=0)
+        with_written(bench, training(1.0, 0))
     assert len(load_file(bench.folder / FILE)["tokens"]) == 4
-    assert torch.equal(tokens(with_written(bench, 1.0, seed=0)), tokens(whole))
+    assert torch.equal(tokens(with_written(bench, training(1.0, 0))), tokens(whole))
     assert len(begun) == 5, "two batches, one that died, and the two that were missing"
-    with_written(bench, 1.0, seed=0)
+    with_written(bench, training(1.0, 0))
     assert len(begun) == 5
     with pytest.raises(RunFolderError, match="another recovery"):
-        with_written(bench, 1.0, seed=1)
+        with_written(bench, training(1.0, 1))
 
 
 @pytest.mark.parametrize("name", ["masked/bert", "seq2seq/t5"])
@@ -121,14 +146,14 @@ def test_models_that_write_nothing_are_refused(name):
     model, anatomy = made(name)
     text: Any = SimpleNamespace(model=model, anatomy=anatomy, examples=examples(model, 4, 16), folder=None)
     with pytest.raises(InputError, match="nothing can be written"):
-        with_written(text, 0.5, seed=0)
+        with_written(text, training(0.5, 0))
 
 
 def test_a_model_whose_cache_predicts_otherwise_is_refused():
     model, anatomy = made("causal/rwkv")
     bench = Bench(model, anatomy, parse_mask("mlp.1"), examples(model, 4, LENGTH), examples(model, 2, LENGTH))
     with pytest.raises(InputError, match="other predictions with its cache"):
-        with_written(bench, 0.5, seed=0)
+        with_written(bench, training(0.5, 0))
 
 
 def test_a_training_sees_what_was_written_and_its_record_says_so(bench, monkeypatch):
@@ -140,13 +165,21 @@ def test_a_training_sees_what_was_written_and_its_record_says_so(bench, monkeypa
         return usual(*given)
 
     monkeypatch.setattr("blockpruner.recovering.with_written", watched)
-    (closed, training) = parse_chain("linear,lora:loss=kl,written=0.5,batch=2,accumulate=1,patience=0")
-    chain = (closed, training)
+    (closed, lora) = parse_chain("linear,lora:loss=kl,written=0.5,batch=2,accumulate=1,patience=0")
+    chain = (closed, lora)
     _, record = recover(bench.model, bench.anatomy, bench.mask, chain, bench.examples, bench.held_out, force=True)
     assert len(seen) == 1
     assert len(changed(bench, SimpleNamespace(inputs={"input_ids": seen[0]}))) == 4
     assert record.steps[1].gaps[0].settings["written"] == 0.5
-    assert training.price(bench).startswith("4 windows of 40 tokens written, ")
+    assert lora.price(bench).startswith("4 windows of 40 tokens written, ")
+
+
+def test_what_was_written_goes_with_the_checkpoints_once_a_model_is_saved(bench, tmp_path):
+    run = tmp_path / "run"
+    with_written(replace(bench, folder=run / "2-lora"), training(0.5))
+    assert (run / "2-lora" / FILE).exists()
+    forget(run)
+    assert not run.exists()
 
 
 @pytest.mark.parametrize("share", ["-0.1", "1.5", "nan"])

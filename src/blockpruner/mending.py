@@ -16,6 +16,7 @@ from blockpruner.recovering import HELD_OUT, apart, recover
 from blockpruner.registry import format_method
 from blockpruner.repairs.kept import MADE
 from blockpruner.repairs.recovery import Bench, Recovery, RecoveryRecord, Trained
+from blockpruner.repairs.written import FILE
 from blockpruner.searching.contract import Progress
 from blockpruner.standin import MODEL_TYPE
 from blockpruner.subject import Subject, save_subject
@@ -160,6 +161,8 @@ def forget(run: Path) -> None:
         for kind in ("step-*", MADE, f".{MADE}.*"):
             for done in run.glob(f"[0-9]*-*/{kind}"):
                 shutil.rmtree(done)
+        for text in run.glob(f"[0-9]*-*/{FILE}"):
+            text.unlink()
         for folder in run.glob("[0-9]*-*"):
             with suppress(OSError):
                 folder.rmdir()

@@ -98,7 +98,7 @@ def _made(bench: Bench, method: Recovery, name: str) -> Made:
     """What a method makes, or made before it was killed later in the chain; trainings see to that themselves."""
     if isinstance(method, Trained):
         if method.written:
-            bench = replace(bench, examples=with_written(bench, method.written, method.seed))
+            bench = replace(bench, examples=with_written(bench, method))
         return method.repair(bench)
     made = kept(bench, name)
     if made is None:

@@ -83,11 +83,13 @@ def windows_of_step(options: Trained, examples: Examples, step: int) -> list[int
     held, each = len(examples), options.batch * options.accumulate
     total = options.windows(held, examples.tokens)
     places = [divmod(place, held) for place in range(step * each, min((step + 1) * each, total))]
-    orders = {
-        epoch: torch.randperm(held, generator=torch.Generator().manual_seed((options.seed * 1_000_003 + epoch) % 2**63))
-        for epoch in {epoch for epoch, _ in places}
-    }
+    orders = {epoch: order_of(options, held, epoch) for epoch in {epoch for epoch, _ in places}}
     return [int(orders[epoch][at]) for epoch, at in places]
+
+
+def order_of(options: Trained, held: int, epoch: int) -> Tensor:
+    """The order in which an epoch sees its windows, [held]."""
+    return torch.randperm(held, generator=torch.Generator().manual_seed((options.seed * 1_000_003 + epoch) % 2**63))
 
 
 def rates(options: Trained, steps: int) -> Callable[[int], float]:

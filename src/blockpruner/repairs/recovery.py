@@ -266,7 +266,8 @@ class Trained:
         each = 3 * (4 if self.masters == "float32" else bench.model.dtype.itemsize)
         disk = readable_bytes(2 * each * self.numbers(bench))
         held, tokens = len(bench.examples), bench.examples.tokens
-        first = f"{round(self.written * held):,} windows of {tokens} tokens written, " if self.written else ""
+        written = round(self.written * min(held, self.windows(held, tokens)))
+        first = f"{written:,} windows of {tokens} tokens written, " if written else ""
         return f"{first}{self.effort(held, tokens, judged)}, up to {disk} of checkpoints on disk"
 
     def effort(self, held: int, tokens: int, judged: int) -> str:

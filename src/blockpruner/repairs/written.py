@@ -18,43 +18,51 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+from transformers import GenerationConfig
 
 from blockpruner.anatomy.probing import evaluating, without_cache
 from blockpruner.artifacts import write_bytes
 from blockpruner.errors import InputError, RunFolderError
 from blockpruner.loading.models import computation
-from blockpruner.repairs.recovery import Bench
+from blockpruner.repairs.courses import order_of
+from blockpruner.repairs.recovery import Bench, Trained
 from blockpruner.texts.examples import Examples
 
 PROMPT = 16  # tokens that the dense model goes on from
 AT_ONCE = 8192  # tokens whose cache is held
 FILE = "written.safetensors"
-LOOK, APART = 16, 0.05  # tokens by which drawing is checked, and the largest total variation that rounding makes
+ORDER = 999_983  # in the place of an epoch: whether a window is written has nothing to do with when it is seen
+LOOK, APART = 16, 0.1  # tokens by which drawing is checked; total variation, of which rounding makes 0.03 in bfloat16
 
 
-def with_written(bench: Bench, share: float, seed: int) -> Examples:
+def with_written(bench: Bench, options: Trained) -> Examples:
     """The bench's examples, a share of whose windows go on after their first tokens as the dense model has it.
 
-    Which windows depends on the seed. What was written is kept in the bench's folder, batch by batch, so that a killed
-    run goes on with it. InputError for a model that does not predict next tokens, or others with its cache than
-    without; RunFolderError where the folder has text of another model, seed or beginnings.
+    The share is one of the windows that the training sees; which they are depends on its seed. What was written is kept
+    in the bench's folder, batch by batch, so that a killed run goes on with it. InputError for a model that does not
+    predict next tokens, or others with its cache than without; RunFolderError where the folder has text of another
+    model, seed or beginnings.
     """
     examples = bench.examples
-    chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[
-        : round(share * len(examples))
-    ]
-    if examples.question != "next token" or not len(chosen):
+    held, length, seed = len(examples), examples.tokens, options.seed
+    seen = order_of(options, held, 0)[: options.windows(held, length)]
+    drawn = torch.randperm(len(seen), generator=torch.Generator().manual_seed((seed * 1_000_003 + ORDER) % 2**63))
+    chosen = seen[drawn[: round(options.written * len(seen))]]
+    if examples.question != "next token" or not len(chosen) or length < 2:
         raise InputError(
-            f"nothing can be written for written={share}: {len(examples)} windows, {examples.question} predicted",
+            f"nothing can be written for written={options.written}: {len(seen)} windows of {length} tokens, "
+            f"{examples.question} predicted",
             fix="leave out written",
         )
     ids = examples.inputs["input_ids"].clone()
     begun = ids[chosen, : min(PROMPT, ids.shape[1] // 2)]
-    identity = hashlib.sha256(f"{computation(bench.model)} {seed} {begun.tolist()} {ids.shape}".encode()).hexdigest()
+    ends = bench.model.generation_config.eos_token_id
+    told = f"{computation(bench.model)} {ends} {seed} {begun.tolist()} {ids.shape}"
+    identity = hashlib.sha256(told.encode()).hexdigest()
     done = _kept(bench.folder, identity)
     at_once = max(1, AT_ONCE // ids.shape[1])
     if len(done) < len(chosen):
-        _check_draws(bench, begun, seed)
+        _check_draws(bench, begun, min(LOOK, length - begun.shape[1]), seed)
     for start in range(len(done), len(chosen), at_once):
         bench.report(start, len(chosen), "the dense model writes windows")
         made = _continued(bench, begun[start : start + at_once], ids.shape[1], seed * 1_000_003 + start)
@@ -80,16 +88,19 @@ def _kept(folder: Path | None, identity: str) -> Tensor:
         return file.get_tensor("tokens")
 
 
-def _check_draws(bench: Bench, begun: Tensor, seed: int) -> None:
-    """InputError if what tokens are drawn from with a cache is not what a pass over all of them predicts.
+def _check_draws(bench: Bench, begun: Tensor, new: int, seed: int) -> None:
+    """InputError if what `new` tokens are drawn from with a cache is not what a pass over all of them predicts.
 
     Some architectures take a cached token for another one than it is. Where both are the same, only rounding differs.
     """
-    made = _generated(bench, begun[:2], LOOK, seed, return_dict_in_generate=True, output_logits=True)
+    try:
+        made = _generated(bench, begun[:2], new, seed, return_dict_in_generate=True, output_logits=True)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise InputError(f"{type(bench.model).__name__} does not generate: {error}", fix="leave out written") from error
     cached = torch.stack(made.logits, dim=1).float().softmax(-1)
     model: Any = bench.model
     with torch.no_grad(), evaluating(model):
-        whole = model(input_ids=made.sequences, **without_cache(model)).logits[:, -LOOK - 1 : -1].float().softmax(-1)
+        whole = model(input_ids=made.sequences, **without_cache(model)).logits[:, -new - 1 : -1].float().softmax(-1)
     apart = float((cached - whole).abs().sum(-1).max() / 2)
     if not apart <= APART:
         raise InputError(
@@ -108,21 +119,15 @@ def _continued(bench: Bench, begun: Tensor, length: int, seed: int) -> Tensor:
 def _generated(bench: Bench, begun: Tensor, new: int, seed: int, **more: Any) -> Any:
     """What transformers generates: `new` tokens drawn from all predictions as they are, but no end of text."""
     model: Any = bench.model
-    pad = model.generation_config.pad_token_id
-    begun = begun.to(model.device)
+    own, begun = model.generation_config, begun.to(model.device)
+    # What a model's own settings have beside these (suppressed tokens, cut-offs) is no part of what it predicts.
+    plain = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id or 0, do_sample=True, top_k=0)
     with evaluating(model), torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed % 2**63)
-        return model.generate(
-            begun,
-            attention_mask=torch.ones_like(begun),
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            num_beams=1,
-            repetition_penalty=1.0,
-            pad_token_id=0 if pad is None else pad,
-            **more,
-        )
+        model.generation_config = plain
+        try:
+            return model.generate(
+                begun, attention_mask=torch.ones_like(begun), max_new_tokens=new, min_new_tokens=new, **more
+            )
+        finally:
+            model.generation_config = own
