@@ -148,6 +148,7 @@ class Bench:
             "WikiText-2 valid": self._read(str(options.data / WIKITEXT), report),
         }
         self.file: Path = options.json
+        self.commit = commit()  # before what takes hours, in which others may commit
         self.figures = self._begun()
 
     def _plan(self, path: Path) -> Plan:
@@ -183,7 +184,7 @@ class Bench:
         return {
             "command": "python benchmarks/recovery.py --plan experiments/recovery_plan.json "
             '--data "$BLOCKPRUNER_DATA" --json experiments/recovery.json',
-            "commit": commit(),
+            "commit": self.commit,
             "versions": {package: version(package) for package in ("torch", "transformers", "blockpruner")},
             "settings": settings,
             "rows": [],
@@ -237,17 +238,19 @@ class Bench:
         rows = [row for text in self.texts if (row := self.found(run, text)) and "failed" not in row]
         if not rows or all(row["tasks"] for row in rows):
             return
-        named, beside = [str(run)], {"dense": Run("", 0), "pruned": Run("", run.blocks, plan=run.plan)}
-        for name, other in beside.items():
-            if other != run and (other.blocks or run.blocks):
-                self.task(other)
-                named.append(name)
+        known = self.figures.setdefault("items", self.options.tasks)
+        if known != self.options.tasks:
+            raise InputError(f"{self.file} has tasks of {known} items each", fix=f"give --tasks {known}")
+        plain = {"dense": Run("", 0)} | ({"pruned": Run("", run.blocks, plan=run.plan)} if run.blocks else {})
+        beside = {name: other for name, other in plain.items() if other != run}
+        for other in beside.values():
+            self.task(other)
         print(f"--- {run}: tasks", flush=True)
         answers = self.answers.setdefault(self.subject.dtype, {})
         mine = answers[str(run)] = self._answered(run)
         tasks = {task: accuracy(column) for task, column in mine.items()}
-        for name in named[1:]:
-            its = answers[str(beside[name])]
+        for name, other in beside.items():
+            its = answers[str(other)]
             for task, found in together({task: compared(its[task], mine[task]) for task in mine}).items():
                 tasks[task][f"beside_{name}"] = found.model_dump(mode="json", exclude={"test", "higher_is_better"})
         for row in rows:
@@ -284,7 +287,7 @@ class Bench:
         parameters = self.parameters(mask) + repair.added_parameters
         shared = {
             **self._named(run),
-            "commit": commit(),
+            "commit": self.commit,
             "added_parameters": repair.added_parameters,
             "parameters": parameters,
             "prefill_flops": self._prefill(mask, repair),

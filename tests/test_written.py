@@ -145,7 +145,7 @@ def test_killed_while_it_writes_it_goes_on_with_what_is_there(bench, monkeypatch
 def test_models_that_write_nothing_are_refused(name):
     model, anatomy = made(name)
     text: Any = SimpleNamespace(model=model, anatomy=anatomy, examples=examples(model, 4, 16), folder=None)
-    with pytest.raises(InputError, match="nothing can be written"):
+    with pytest.raises(InputError, match="writes no windows"):
         with_written(text, training(0.5, 0))
 
 
@@ -180,6 +180,15 @@ def test_what_was_written_goes_with_the_checkpoints_once_a_model_is_saved(bench,
     assert (run / "2-lora" / FILE).exists()
     forget(run)
     assert not run.exists()
+
+
+def test_what_cannot_be_written_is_said_before_the_methods_that_come_first(bench, monkeypatch):
+    ran: list[str] = []
+    monkeypatch.setattr("blockpruner.recovering._made", lambda _bench, _method, name: ran.append(name))
+    chain = parse_chain("linear,lora:written=0.01")
+    with pytest.raises(InputError, match="is none"):
+        recover(bench.model, bench.anatomy, bench.mask, chain, bench.examples, bench.held_out)
+    assert not ran
 
 
 @pytest.mark.parametrize("share", ["-0.1", "1.5", "nan"])

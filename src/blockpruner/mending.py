@@ -12,7 +12,7 @@ from blockpruner.errors import CheckFailedError, InputError
 from blockpruner.objectives.loss import Loss
 from blockpruner.plan import Plan
 from blockpruner.recoveries import RECOVERIES, check_installed, parse_chain
-from blockpruner.recovering import HELD_OUT, apart, recover
+from blockpruner.recovering import HELD_OUT, apart, check_written, recover
 from blockpruner.registry import format_method
 from blockpruner.repairs.kept import MADE
 from blockpruner.repairs.recovery import Bench, Recovery, RecoveryRecord, Trained
@@ -140,6 +140,7 @@ def prepare(
     if held_out is not None:
         judged = read(held_out, None if tokens is None else -(-tokens // (HELD_OUT - 1)))
     fit, judged = apart(read(calibration, tokens), judged)
+    check_written(chain, fit)
     return Task(subject, taken, chain, fit, judged, force)
 
 

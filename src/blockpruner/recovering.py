@@ -20,7 +20,7 @@ from blockpruner.registry import format_method
 from blockpruner.repairs.courses import rows_of
 from blockpruner.repairs.kept import Made, keep, kept
 from blockpruner.repairs.recovery import Bench, GapRecord, Recovery, RecoveryRecord, StepRecord, Trained
-from blockpruner.repairs.written import with_written
+from blockpruner.repairs.written import windows_to_write, with_written
 from blockpruner.searching.contract import DENSE, Progress
 from blockpruner.searching.evaluations import Evaluations
 from blockpruner.surgery.gaps import UNREPAIRED, Repair, repaired
@@ -56,6 +56,7 @@ def recover(
     anatomy.outline.check(mask, "the plan")
     fit, held_out = apart(examples, held_out)
     chain = tuple(method) if isinstance(method, Sequence) else (method,)
+    check_written(chain, fit)
     dense, pruned = _dense_loss(model, anatomy, held_out), loss(model, anatomy, held_out, mask)
     bench = Bench(model, anatomy, mask, fit, held_out, force, progress)
     repair, made, recovered, steps = UNREPAIRED, UNREPAIRED, pruned, list[StepRecord]()
@@ -106,6 +107,13 @@ def _made(bench: Bench, method: Recovery, name: str) -> Made:
         if not _same(made[0], bench.start):  # else what comes back would be taken for a change
             keep(bench, name, made)
     return made
+
+
+def check_written(chain: Sequence[Recovery], fit: Examples) -> None:
+    """InputError if a training of the chain has the dense model write where it cannot: before what comes first."""
+    for method in chain:
+        if isinstance(method, Trained) and method.written:
+            windows_to_write(fit, method)
 
 
 def _dense_loss(model: PreTrainedModel, anatomy: Anatomy, held_out: Examples) -> Estimate | None:

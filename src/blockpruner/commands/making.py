@@ -31,6 +31,7 @@ from blockpruner.options import (
 
 if TYPE_CHECKING:
     from blockpruner.mending import Task
+    from blockpruner.surgery.checkpoint import Saved
 
 
 @verb("blockpruner prune demo --plan runs/demo/plan.json --first 4 --out pruned")
@@ -54,7 +55,6 @@ def prune(
     from blockpruner.registry import lookup
     from blockpruner.subject import save_subject
     from blockpruner.surgery.checkpoint import FORMS, Form
-    from blockpruner.tables import print_saved
 
     check_new_folder(out)
     if not plan.is_file():
@@ -70,10 +70,7 @@ def prune(
         )
     chosen = Plan.read(plan, subject.anatomy.outline)
     saved = save_subject(subject, chosen, out, first=first, form=taken, source=str(plan))
-    if as_json:
-        print_json({**asdict(saved), "folder": str(saved.folder)})
-    else:
-        print_saved(saved, subject.identity.parameters)
+    _say_saved(saved, subject.identity.parameters, as_json)
 
 
 @verb("blockpruner recover pruned --method linear:rank=64,lora --calibration alpaca --out recovered")
@@ -105,7 +102,7 @@ def recover(
     from blockpruner.mending import forget, prepare
     from blockpruner.plan import Plan
     from blockpruner.recoveries import check_installed, parse_chain
-    from blockpruner.tables import print_recovery, print_saved
+    from blockpruner.tables import print_recovery
 
     check_new_folder(out, sources=(pruned,) if pruned.is_dir() else ())
     check_installed(parse_chain(method, seed=seed))  # a mistake is said before the model is loaded
@@ -136,10 +133,17 @@ def recover(
     saved = mended.save(out)
     if task.trains and run is None:
         forget(folder)
+    _say_saved(saved, subject.identity.parameters, as_json, recovery=mended.record.model_dump(mode="json"))
+
+
+def _say_saved(saved: "Saved", parameters: int, as_json: bool, **more: object) -> None:
+    """What was saved; parameters: of the dense model."""
+    from blockpruner.tables import print_saved
+
     if as_json:
-        print_json({**asdict(saved), "folder": str(saved.folder), "recovery": mended.record.model_dump(mode="json")})
+        print_json({**asdict(saved), "folder": str(saved.folder), **more})
     else:
-        print_saved(saved, subject.identity.parameters)
+        print_saved(saved, parameters)
 
 
 def _price_of(task: "Task", folder: Path, stay: str) -> list[str]:

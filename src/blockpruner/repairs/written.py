@@ -1,10 +1,10 @@
 """Text that the dense model writes itself, in the place of some of the text that a pruned model is trained on.
 
-What a closed form was fitted to teaches little more: there the pruned model is better than on other text already. The
-dense model goes on from the first tokens of a window, each token drawn from its predictions at temperature 1, so that
-what it thinks of the text that follows is all that there is to learn, and no text but the user's is needed.
+On text that a closed form was fitted to, the pruned model is better already than on other text, and a training learns
+little from it. So the dense model goes on from the first tokens of a window, each token drawn from its predictions at
+temperature 1: there is new text to learn from, and none but the user's is needed.
 Cost: one pass of the dense model over each token, one token after the other, with its cache. Memory: a cache of AT_ONCE
-tokens, and the logits of one position of as many windows.
+tokens, or of one window if that is longer, and the logits of one position of as many windows.
 Source: sequence-level distillation, Kim and Rush 2016, arXiv 1606.07947; from the beginnings of text as in LLM-QAT, Liu
 et al. 2023, arXiv 2305.17888.
 """
@@ -35,37 +35,48 @@ ORDER = 999_983  # in the place of an epoch: whether a window is written has not
 LOOK, APART = 16, 0.1  # tokens by which drawing is checked; total variation, of which rounding makes 0.03 in bfloat16
 
 
-def with_written(bench: Bench, options: Trained) -> Examples:
-    """The bench's examples, a share of whose windows go on after their first tokens as the dense model has it.
+def windows_to_write(examples: Examples, options: Trained) -> Tensor:
+    """The numbers of the windows that are written: a share of those that the training sees, drawn by its seed.
 
-    The share is one of the windows that the training sees; which they are depends on its seed. What was written is kept
-    in the bench's folder, batch by batch, so that a killed run goes on with it. InputError for a model that does not
-    predict next tokens, or others with its cache than without; RunFolderError where the folder has text of another
-    model, seed or beginnings.
+    InputError where nothing can be written.
     """
-    examples = bench.examples
-    held, length, seed = len(examples), examples.tokens, options.seed
-    seen = order_of(options, held, 0)[: options.windows(held, length)]
-    drawn = torch.randperm(len(seen), generator=torch.Generator().manual_seed((seed * 1_000_003 + ORDER) % 2**63))
-    chosen = seen[drawn[: round(options.written * len(seen))]]
-    if examples.question != "next token" or not len(chosen) or length < 2:
+    held, length = len(examples), examples.tokens
+    if examples.question != "next token" or length < 2:
         raise InputError(
-            f"nothing can be written for written={options.written}: {len(seen)} windows of {length} tokens, "
-            f"{examples.question} predicted",
+            f"the dense model writes no windows of {length} tokens where it is asked for {examples.question}",
             fix="leave out written",
         )
+    seen = order_of(options, held, 0)[: options.windows(held, length)]
+    count = round(options.written * len(seen))
+    if not count:
+        raise InputError(f"written={options.written} of {len(seen)} windows is none", fix="leave it out, or give more")
+    seed = (options.seed * 1_000_003 + ORDER) % 2**63
+    return seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def with_written(bench: Bench, options: Trained) -> Examples:
+    """The bench's examples, some of whose windows go on after their first tokens as the dense model has it.
+
+    What was written is kept in the bench's folder, batch by batch, so that a killed run goes on with it. InputError for
+    a model that does not predict next tokens, or others with its cache than without; RunFolderError where the folder
+    has text of another model, seed or beginnings.
+    """
+    examples, seed = bench.examples, options.seed
+    chosen = windows_to_write(examples, options)
     ids = examples.inputs["input_ids"].clone()
-    begun = ids[chosen, : min(PROMPT, ids.shape[1] // 2)]
+    length = ids.shape[1]
+    begun = ids[chosen, : min(PROMPT, length // 2)]
     ends = bench.model.generation_config.eos_token_id
     told = f"{computation(bench.model)} {ends} {seed} {begun.tolist()} {ids.shape}"
     identity = hashlib.sha256(told.encode()).hexdigest()
     done = _kept(bench.folder, identity)
-    at_once = max(1, AT_ONCE // ids.shape[1])
+    at_once = max(1, AT_ONCE // length)
     if len(done) < len(chosen):
         _check_draws(bench, begun, min(LOOK, length - begun.shape[1]), seed)
     for start in range(len(done), len(chosen), at_once):
         bench.report(start, len(chosen), "the dense model writes windows")
-        made = _continued(bench, begun[start : start + at_once], ids.shape[1], seed * 1_000_003 + start)
+        batch = begun[start : start + at_once]
+        made = _generated(bench, batch, length - batch.shape[1], seed * 1_000_003 + start).cpu()
         done = torch.cat([done, made]) if len(done) else made
         if bench.folder is not None:
             write_bytes(bench.folder / FILE, save({"tokens": done}, {"identity": identity}))
@@ -108,11 +119,6 @@ def _check_draws(bench: Bench, begun: Tensor, new: int, seed: int) -> None:
             f"(total variation {apart:.2g})",
             fix="leave out written",
         )
-
-
-def _continued(bench: Bench, begun: Tensor, length: int, seed: int) -> Tensor:
-    """Windows of `length` tokens that begin so, on the CPU."""
-    return _generated(bench, begun, length - begun.shape[1], seed).cpu()
 
 
 @torch.no_grad()
