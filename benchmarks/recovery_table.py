@@ -22,10 +22,13 @@ LADDER = (
     ("linear:target=dense", "closed", "`linear:target=dense`"),
     ("linear:target=dense,refit", "closed", "`linear:target=dense,refit`"),
     ("linear:target=dense,refit", "trained", "`linear:target=dense,refit`"),
+    ("mlp", "trained", "`mlp`"),
+    ("mlp,refit", "trained", "`mlp,refit`"),
     ("linear,lora:tokens", "trained", "`linear,lora`, by the text"),
     ("span,lora:tokens", "fisher", "`span,lora:loss=fisher`"),
     ("linear:target=dense,refit,lora:tokens", "again", "`linear:target=dense,refit,lora:loss=kl`"),
     ("linear:target=dense,refit,lora:tokens", "written", "the same with `written=1`"),
+    ("mlp,refit,lora:tokens", "written", "`mlp,refit,lora:loss=kl,written=1`"),
 )
 PLACE = re.compile(
     r"(?<=<!-- recovered: made by benchmarks/recovery_table.py -->\n).*?(?=<!-- end of recovered -->)", re.DOTALL

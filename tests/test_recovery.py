@@ -231,7 +231,8 @@ def test_micro_batches_add_up_to_the_same_sums():
     axes = token_axes(bench.model)
     updates = UpdatesAt(*(bench.model, bench.anatomy, bench.mask, gap, UNREPAIRED), sinks=0.5, dense=False, axes=axes)
     whole, pieces = (
-        gathered(updates, [Given("rms")], bench.examples.batches(tokens))[Given("rms")] for tokens in (2048, 50)
+        gathered(map(updates.observe, bench.examples.batches(tokens)), [Given("rms")])[Given("rms")]
+        for tokens in (2048, 50)
     )
     assert (pieces.tokens, pieces.inputs) == (whole.tokens, whole.inputs)
     torch.testing.assert_close(pieces.products(), whole.products(), atol=1e-5, rtol=1e-5)

@@ -206,7 +206,7 @@ def test_what_is_still_missing_to_the_dense_model_is_fitted_on_top_of_what_is_fo
     start, _ = mended("replaceme:ridge=0.0001", bench)
     repair, _ = mended(method, replace(bench, start=start))
     twice, _ = mended("linear:ridge=0.0001", replace(bench, start=replace(start, made_up=frozenset())))
-    assert missing(repair) <= missing(start) < missing(UNREPAIRED)
+    assert missing(repair) <= missing(start) * (1 + 1e-6) < missing(UNREPAIRED)
     assert missing(twice) > missing(start)  # as it was when nothing told what is folded
 
 

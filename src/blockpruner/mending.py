@@ -159,7 +159,7 @@ def mend(
 def forget(run: Path) -> None:
     """Remove the checkpoints in a run folder, and the folder itself if it holds nothing else."""
     with run_folder(run):
-        for kind in ("step-*", MADE, f".{MADE}.*"):
+        for kind in ("step-*", "run-*", MADE, f".{MADE}.*"):
             for done in run.glob(f"[0-9]*-*/{kind}"):
                 shutil.rmtree(done)
         for text in run.glob(f"[0-9]*-*/{FILE}"):

@@ -65,9 +65,8 @@ def recover(
         here = None if folder is None else folder / f"{number}-{name.partition(':')[0]}"
         made, gaps = _made(replace(bench, start=repair, folder=here), each, name)
         _check_holds(made, repair, name)
-        if _same(made, repair):
-            found, reason = recovered, _unchanged(gaps)
-        else:
+        found, reason = recovered, _unchanged(gaps)
+        if not _same(made, repair):
             found = loss(model, anatomy, held_out, mask, made)
             reason = "" if force or held_out.question == "states" else _worse(recovered, found)
         steps.append(StepRecord(method=name, gaps=gaps, recovered=found, applied=not reason, reason=reason))
@@ -75,7 +74,7 @@ def recover(
             repair, recovered = made, found
     applied = any(step.applied for step in steps)
     worth = recovered if applied else steps[-1].recovered
-    record = RecoveryRecord(
+    return repair, RecoveryRecord(
         format=RecoveryRecord.FORMAT,
         version=RecoveryRecord.VERSION,
         method=format_chain(chain),
@@ -92,14 +91,13 @@ def recover(
         applied=applied,
         reason="" if applied else steps[-1].reason,
     )
-    return repair, record
 
 
 def _made(bench: Bench, method: Recovery, name: str) -> Made:
-    """What a method makes, or made before it was killed later in the chain; trainings see to that themselves."""
-    if isinstance(method, Trained):
-        if method.written:
-            bench = replace(bench, examples=with_written(bench, method))
+    """What a method makes, or made before it was killed later in the chain; most trainings see to that themselves."""
+    if isinstance(method, Trained) and method.written:
+        bench = replace(bench, examples=with_written(bench, method))
+    if isinstance(method, Trained) and method.resumes:
         return method.repair(bench)
     made = kept(bench, name)
     if made is None:

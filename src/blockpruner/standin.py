@@ -2,11 +2,10 @@
 
 A stand-in returns what the removed module would have returned had its weights been zero: zeros, or one of its own
 inputs where the module added the residual itself. It owns no parameters, unless a recovery gave it a *replacement*:
-a vector, or a linear map of what reaches its place, which it adds where the block's update was. It also keeps the
-key/value cache
-honest: transformers reads lengths and mask sizes from one representative cache slot, so a slot that is never
-written makes positions restart at 0, silently. A stand-in writes ones of one head and one dimension there
-for the tokens it has seen (two numbers per token), or ones of the slot's own shape where it has one already.
+a vector, a linear map or a small MLP of what reaches its place, which it adds where the block's update was. It also
+keeps the key/value cache honest: transformers reads lengths and mask sizes from one representative cache slot, so a
+slot that is never written makes positions restart at 0, silently. A stand-in writes ones of one head and one dimension
+there for the tokens it has seen (two numbers per token), or ones of the slot's own shape where it has one already.
 
 `config.json` of such a checkpoint has a model type that stock transformers does not know, so that nothing can load
 it by accident and fill the missing tensors with random numbers. It loads after `import blockpruner`, or with
@@ -25,6 +24,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.models.auto import configuration_auto, modeling_auto
 
@@ -41,37 +41,46 @@ _REFUSAL = "blocks are missing here: use an Auto class, with `import blockpruner
 class Replacement(nn.Module):
     """Something small in place of a removed block, token by token: [..., inputs] -> [..., outputs].
 
-    kind "bias": b for every token; "linear": x A + b at full rank (rank 0), (x U) V + b at a lower one. norm: what x
-    goes through first: "none", "rms" (divided by its root mean square) or "layer" (its mean taken off before that),
-    eps as in the model's own norms; a gain behind it would be part of the map. `spec` is plain JSON; all parameters
-    start at zero.
+    kind "bias": b for every token; "linear": x A + b at full rank (rank 0), (x U) V + b at a lower one; "mlp": a linear
+    map of x and, of n, which is x behind the norm, an MLP: x A + b + (act(n G + g) * (n U + u)) D, whose neurons `rank`
+    counts. norm: what x goes through first (in an MLP n alone): "none", "rms" (divided by its root mean square) or
+    "layer" (its mean taken off before that), eps as in the model's own norms; a gain behind it would be part of the
+    map; act: by the names of transformers. `spec` is plain JSON; all parameters start at zero.
     """
 
     def __init__(
-        self, kind: str, inputs: int, outputs: int, rank: int = 0, norm: str = "none", eps: float = 1e-6
+        self, kind: str, inputs: int, outputs: int, rank: int = 0, norm: str = "none", eps: float = 1e-6, act: str = ""
     ) -> None:
         super().__init__()
-        if kind not in ("bias", "linear") or norm not in NORMS or min(inputs, outputs, rank) < 0:
-            raise ValueError(f"no replacement is {kind!r} from {inputs} to {outputs} at rank {rank} behind {norm!r}")
+        sized = {"bias": rank == 0, "linear": rank >= 0, "mlp": rank > 0}.get(kind) and min(inputs, outputs) >= 0
+        if not sized or norm not in NORMS or (act in ACT2FN) != (kind == "mlp"):
+            raise ValueError(f"no replacement is {kind!r} from {inputs} to {outputs} with {rank=}, {norm=} and {act=}")
         self.kind, self.inputs, self.outputs, self.rank = kind, inputs, outputs, rank
-        self.norm, self.eps = norm, eps
+        self.norm, self.eps, self.act = norm, eps, act
         self.bias = nn.Parameter(torch.zeros(outputs))
-        if kind == "linear" and rank:
-            self.down = nn.Parameter(torch.zeros(inputs, rank))
-            self.up = nn.Parameter(torch.zeros(rank, outputs))
-        elif kind == "linear":
+        if kind == "mlp":
+            self.gate, self.up = (nn.Parameter(torch.zeros(inputs, rank)) for _ in range(2))
+            self.gate_bias, self.up_bias = (nn.Parameter(torch.zeros(rank)) for _ in range(2))
+            self.down = nn.Parameter(torch.zeros(rank, outputs))
+        elif rank:
+            self.down, self.up = nn.Parameter(torch.zeros(inputs, rank)), nn.Parameter(torch.zeros(rank, outputs))
+        if kind == "mlp" or (kind == "linear" and not rank):
             self.weight = nn.Parameter(torch.zeros(inputs, outputs))
 
     @property
     def spec(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("kind", "inputs", "outputs", "rank", "norm", "eps")}
+        told = {key: getattr(self, key) for key in ("kind", "inputs", "outputs", "rank", "norm", "eps")}
+        return told | ({"act": self.act} if self.act else {})
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.kind == "bias":
-            # A copy, since some layers add to what they are given in place.
-            return self.bias.to(hidden.dtype).expand(*hidden.shape[:-1], self.outputs).clone()
+            return self.bias.to(hidden.dtype).expand(*hidden.shape[:-1], self.outputs).clone()  # may be added to
         given = normed(hidden, self.norm, self.eps).to(self.bias.dtype)
-        mapped = given @ self.down @ self.up if self.rank else given @ self.weight
+        if self.kind == "mlp":
+            inner = ACT2FN[self.act](given @ self.gate + self.gate_bias) * (given @ self.up + self.up_bias)
+            mapped = hidden.to(self.bias.dtype) @ self.weight + inner @ self.down
+        else:
+            mapped = given @ self.down @ self.up if self.rank else given @ self.weight
         return (mapped + self.bias).to(hidden.dtype)
 
 
@@ -137,8 +146,7 @@ def _write_ghosts(spec: dict[str, Any], hidden: Tensor, args: tuple[Any, ...], k
     cache = getattr(cache, "self_attention_cache", cache)
     if cache is None:
         return
-    slots = spec.get("cache", ())
-    if slots is None:
+    if (slots := spec.get("cache", ())) is None:
         raise NotImplementedError(
             "when blocks were removed, this model did not work with a cache, so what they wrote there is not known; "
             "generate with use_cache=False"
@@ -235,8 +243,8 @@ def place(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
     for path, spec in modules.items():
         if spec.get("keep"):
             muffle(model.get_submodule(path), spec)
-            continue
-        replace_module(model, path, stand_in_for(model.get_submodule(path), spec))
+        else:
+            replace_module(model, path, stand_in_for(model.get_submodule(path), spec))
 
 
 def unpruned(kind: type) -> type:
@@ -252,13 +260,10 @@ def adopt(model: PreTrainedModel, removed: list[str], modules: dict[str, dict[st
     """
     config, base_config = copy.copy(model.config), unpruned(type(model.config))
     earlier = getattr(config, MODEL_TYPE, None) or {"removed": [], "modules": {}}
-    still = {
-        path: spec for path, spec in earlier["modules"].items() if not any(path.startswith(f"{p}.") for p in modules)
-    }
+    still = {at: spec for at, spec in earlier["modules"].items() if not any(at.startswith(f"{p}.") for p in modules)}
     together = {**still, **modules}
-    replacing = any("replacement" in spec for spec in together.values())
     record = {
-        "format_version": REPLACING_VERSION if replacing else FORMAT_VERSION,
+        "format_version": REPLACING_VERSION if any("replacement" in s for s in together.values()) else FORMAT_VERSION,
         "base_model_type": base_config.model_type,
         "removed": [*earlier["removed"], *removed],
         "modules": together,

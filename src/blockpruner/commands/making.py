@@ -161,7 +161,7 @@ def _plan_of(pruned: Path) -> Path:
     plan = pruned / "plan.json" if pruned.is_dir() else pruned
     if not plan.is_file():
         raise InputError(f"{plan} is not a file", fix="give a plan.json, or a folder that `blockpruner prune` wrote")
-    if (plan.parent / "recovery.json").is_file():
+    if pruned.is_dir() and (plan.parent / "recovery.json").is_file():
         say(f"{pruned} was recovered before: this begins anew, so name all methods together, as in linear,lora")
     return plan
 

@@ -10,6 +10,7 @@ from blockpruner.recoveries.continued import Continued
 from blockpruner.recoveries.distill import Distill
 from blockpruner.recoveries.linear import Linear
 from blockpruner.recoveries.lora import Lora
+from blockpruner.recoveries.mlp import Mlp
 from blockpruner.recoveries.refit import Refit
 from blockpruner.recoveries.replaceme import ReplaceMe
 from blockpruner.recoveries.span import Span
@@ -22,6 +23,7 @@ RECOVERIES: dict[str, type[Recovery]] = {
     "linear": Linear,
     "replaceme": ReplaceMe,
     "span": Span,
+    "mlp": Mlp,
     "refit": Refit,
     "adapter": Adapter,
     "streamline": Streamline,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blockpruner.repairs.recovery import Bench, GapRecord, walks
+from blockpruner.repairs.recovery import Bench, GapRecord, looks, walks
 
 if TYPE_CHECKING:
     from blockpruner.surgery.gaps import Repair
@@ -28,7 +28,7 @@ class Span:
         "after LLM-Streamline, Chen et al. 2024, arXiv 2403.19135 (there trained); ours in closed form"
     )
     needs: ClassVar[str] = "forward passes"
-    passes: ClassVar[str] = "n forward, n runs"
+    passes: ClassVar[str] = "2 to 3 forward; 2 per run with several stacks"
 
     def added_parameters(self, inputs: int, outputs: int) -> int:
         return outputs + (self.rank * (inputs + outputs) if self.rank else inputs * outputs)
@@ -36,7 +36,8 @@ class Span:
     def price(self, bench: Bench) -> str:
         from blockpruner.repairs.spans import spans
 
-        return walks(bench, count := len(spans(bench.anatomy, bench.mask)), "run", count)
+        count = len(spans(bench.anatomy, bench.mask))
+        return walks(bench, count, "run", looks(bench, count, 2))
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.closed_form import ClosedForm

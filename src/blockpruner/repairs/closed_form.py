@@ -8,7 +8,7 @@ cannot be led through one by one. Memory: see `side_by_side`, and the sums of on
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from blockpruner.repairs.side_by_side import Walk, side_by_side
 from blockpruner.repairs.updates import Observed, UpdatesAt
 from blockpruner.standin import Replacement, normed
 from blockpruner.surgery.gaps import Gap, Repair, device_of, gaps
-from blockpruner.texts.examples import Examples
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # those that held-out text chooses from, see `ridge_map`
 
@@ -139,25 +138,29 @@ def fitted_at(walk: Walk, gap: Gap, form: ClosedForm, repair: Repair) -> Fitted:
         axes=walk.axes,
         reach=walk,
     )
-    regressors = regressors_of(form.regressor, bench.model, gap)
-    both = [gathered(updates, regressors, batches) for batches in (walk.fit, walk.held_out)]
-    found = [chosen((both[0][given], both[1][given]), given, form, str(gap)) for given in regressors]
+    seen = (map(updates.observe, batches) for batches in (walk.fit, walk.held_out))
+    return best_map(bench.model, gap, form, str(gap), *seen)
+
+
+def best_map(
+    model: PreTrainedModel,
+    gap: Gap,
+    form: ClosedForm,
+    what: str,
+    fit: Iterable[Observed],
+    held_out: Iterable[Observed],
+) -> Fitted:
+    """The best map from what was observed at a gap, its ridge and regressor chosen by what was held out."""
+    regressors = regressors_of(form.regressor, model, gap)
+    both = gathered(fit, regressors), gathered(held_out, regressors)
+    found = [chosen((both[0][given], both[1][given]), given, form, what) for given in regressors]
     return min(found, key=lambda fitted: fitted.error)
 
 
-class Observing(Protocol):
-    """Reads the two sides of a map, see `UpdatesAt`."""
-
-    def observe(self, batch: Examples) -> Observed: ...
-
-
-def gathered(
-    updates: Observing, regressors: Sequence[Given], batches: Iterable[Examples]
-) -> dict[Given, NormalEquations]:
-    """The sums of all micro-batches for each regressor, from one walk over them."""
+def gathered(observed: Iterable[Observed], regressors: Sequence[Given]) -> dict[Given, NormalEquations]:
+    """The sums of all that is observed for each regressor, from one walk over it."""
     sums: dict[Given, NormalEquations] = {}
-    for batch in batches:
-        seen = updates.observe(batch)
+    for seen in observed:
         for given in regressors:
             x = given.of(seen.x)
             if given not in sums:

@@ -216,6 +216,7 @@ class Trained:
 
     whole: ClassVar[bool] = False  # whether all weights are trained, which are then a second copy of the dense model's
     package: ClassVar[str] = ""  # that it needs beside those of blockpruner itself
+    resumes: ClassVar[bool] = True  # whether what it made comes back from its checkpoints alone
     teacher: ClassVar[bool] = False  # whether the dense model runs as well, where no option says so
 
     def __post_init__(self) -> None:
@@ -265,10 +266,14 @@ class Trained:
         judged = len(bench.held_out) * bench.held_out.tokens
         each = 3 * (4 if self.masters == "float32" else bench.model.dtype.itemsize)
         disk = readable_bytes(2 * each * self.numbers(bench))
+        effort = self.effort(len(bench.examples), bench.examples.tokens, judged)
+        return f"{self.writing(bench)}{effort}, up to {disk} of checkpoints on disk"
+
+    def writing(self, bench: Bench) -> str:
+        """What the dense model writes first, in words."""
         held, tokens = len(bench.examples), bench.examples.tokens
-        written = round(self.written * min(held, self.windows(held, tokens)))
-        first = f"{written:,} windows of {tokens} tokens written, " if written else ""
-        return f"{first}{self.effort(held, tokens, judged)}, up to {disk} of checkpoints on disk"
+        count = round(self.written * min(held, self.windows(held, tokens)))
+        return f"{count:,} windows of {tokens} tokens written, " if count else ""
 
     def effort(self, held: int, tokens: int, judged: int) -> str:
         """What is computed on `held` windows of so many tokens, and copied; judged: held-out tokens."""

@@ -33,6 +33,7 @@ from blockpruner.anatomy.parts import Layer, Part
 from blockpruner.anatomy.probing import recorded
 from blockpruner.blocks import Block, format_mask
 from blockpruner.errors import InputError, UnsupportedModelError
+from blockpruner.repairs.arrivals import tensor_of
 from blockpruner.repairs.closed_form import (
     WORSE,
     ClosedForm,
@@ -47,7 +48,7 @@ from blockpruner.repairs.folding import Projection, projection
 from blockpruner.repairs.normal_equations import LinearMap, NormalEquations, ridge_map
 from blockpruner.repairs.recovery import Bench, GapRecord
 from blockpruner.repairs.side_by_side import Walk, side_by_side
-from blockpruner.repairs.updates import behind, flat, tensor_of, token_weights
+from blockpruner.repairs.updates import behind, flat, token_weights
 from blockpruner.searching.contract import DENSE
 from blockpruner.surgery.gaps import UNREPAIRED, Gap, Repair, device_of, gaps
 from blockpruner.texts.examples import Examples

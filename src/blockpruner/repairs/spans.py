@@ -61,12 +61,27 @@ def _lives(layer: Layer, mask: Mask, repair: Repair) -> bool:
 def layer_map(anatomy: Anatomy, mask: Mask, repair: Repair) -> dict[str, list[tuple[int, ...]]]:
     """Per stack, for each layer or map that is left, in order, the numbers of the dense layers that it stands for.
 
-    A layer with any block or replacement left stands for itself; a map for its run. Runs without a map stand nowhere.
+    A layer with any block or replacement left stands for itself, and for the whole layers that a replacement in it
+    stands for as well. Runs without one stand nowhere.
     """
-    filled = [span for span in spans(anatomy, mask) if span.blocks in repair.spans.values()]
     whole: dict[str, list[tuple[int, ...]]] = {}
     for stack in anatomy.stacks:
-        here = {span.first: span for span in filled if span.stack == stack.name}
-        left = {n: (n,) for n, layer in enumerate(stack.layers) if _lives(layer, mask, repair)}
-        whole[stack.name] = [at for _, at in sorted({**left, **{n: s.numbers for n, s in here.items()}}.items())]
+        left: dict[int, tuple[int, ...]] = {
+            n: (n,) for n, layer in enumerate(stack.layers) if _lives(layer, mask, repair)
+        }
+        for path, blocks in repair.spans.items():
+            holder = next((n for n, layer in enumerate(stack.layers) if _holds(layer, path)), None)
+            if holder is not None:
+                gone = (n for n, layer in enumerate(stack.layers) if layer.parts and _blocks(layer) <= blocks)
+                left[holder] = tuple(sorted({holder, *gone}))
+        whole[stack.name] = [at for _, at in sorted(left.items())]
     return whole
+
+
+def _blocks(layer: Layer) -> Mask:
+    return frozenset(part.block for part in layer.parts)
+
+
+def _holds(layer: Layer, path: str) -> bool:
+    """Whether a gap at this path is one of the layer."""
+    return path in (layer.path, *(part.path for part in layer.parts))

@@ -29,6 +29,7 @@ from blockpruner.anatomy.probing import (
 )
 from blockpruner.blocks import Block, Mask
 from blockpruner.errors import InputError, UnsupportedModelError
+from blockpruner.repairs.arrivals import Giving, Taking, arrival, tensor_of
 from blockpruner.searching.contract import DENSE
 from blockpruner.surgery.gaps import UNREPAIRED, Gap, Repair, attach, repaired
 from blockpruner.texts.examples import Examples
@@ -166,6 +167,7 @@ class UpdatesAt:
         without, before = layer_stand_ins(gap.layer, mask), layer_stand_ins(gap.layer, mask - gap.blocks)
         self._opening = {path: spec for path, spec in without.items() if path not in before}
         self._proved = ""
+        self._scale = 0.0  # of what is put in the gap, as it arrives in the stream; 0 as long as it is not known
         if dense and gap.part and not gap.layer.identity:
             raise InputError(
                 f"{gap.path}: norms or scales stand on the stream, so the dense model's stream is not a sum there",
@@ -184,7 +186,14 @@ class UpdatesAt:
         whole = stream_after(*here, DENSE, batch, reach=self.reach)
         if self.gap.part is None:
             return whole.reshape(seen.x.shape) - seen.x
-        return (whole - stream_after(*here, self.mask, batch, self.repair, self.reach)).reshape(seen.y.shape)
+        missing = whole - stream_after(*here, self.mask, batch, self.repair, self.reach)
+        if not self._scale:
+            look = functools.partial(arrival, self.model, self.gap)
+            scale = self.reach.at(self.gap.layer, batch, self.mask, self.repair, look)
+            if scale is None:
+                raise self._unproved("what is put there does not come out of the layer as it went in")
+            self._scale = scale
+        return missing.reshape(seen.y.shape) / self._scale
 
     def _layer(self, module: nn.Module, call: Call) -> Observed:
         """Of a layer that left whole: what reaches it is the stream, and what is missing is what it does to that."""
@@ -287,33 +296,5 @@ def token_weights(states: Tensor, axis: int, sinks: float) -> Tensor:
     return weights.flatten()
 
 
-class Taking(nn.Module):
-    """In the place of a replacement: takes what it is given, and leaves."""
-
-    seen: Tensor | None = None
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.seen = hidden.clone()
-        raise Enough
-
-
-class Giving(nn.Module):
-    """In the place of a replacement: gives what it was made with."""
-
-    def __init__(self, update: Tensor) -> None:
-        super().__init__()
-        self.update = update
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.update.clone()
-
-
 def flat(states: Tensor) -> Tensor:
     return states.reshape(-1, states.shape[-1])
-
-
-def tensor_of(output: Any) -> Tensor:
-    """The stream among what a layer returns."""
-    found = first_tensor(output)
-    assert found is not None  # read_anatomy has seen it
-    return found

@@ -110,8 +110,8 @@ def repaired(model: PreTrainedModel, anatomy: Anatomy, mask: Mask, repair: Repai
         yield
 
 
-def attach(model: nn.Module, path: str, replacement: nn.Module) -> None:
-    """Give the stand-in at `path` something to add."""
+def attach(model: nn.Module, path: str, replacement: nn.Module | None) -> None:
+    """Give the stand-in at `path` something to add, or nothing."""
     stand_in = model.get_submodule(path)
     assert isinstance(stand_in, StandIn)
     stand_in.replacement = replacement
