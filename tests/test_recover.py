@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,26 @@ def test_what_prune_wrote_is_recovered_and_evaluate_sets_it_beside_the_others(
     assert mended["parameters"] == cut["parameters"] + record.added_parameters
     assert cut["removed"] == mended["removed"] == "mlp.1+mlp.3"
     assert dense["loss"]["value"] < mended["loss"]["value"] < cut["loss"]["value"]
+
+
+def test_evaluate_says_how_much_of_its_text_a_model_was_recovered_with(run, recover, checkpoint, prose, tmp_path):
+    text = prose.read_text(encoding="utf-8")
+    (tmp_path / "first.txt").write_text(text[: len(text) // 2], encoding="utf-8")
+    (tmp_path / "other.txt").write_text(text[len(text) // 2 :], encoding="utf-8")
+    long = ("--window", 48, "--tokens", "all")
+    assert recover(*long, "--force", calibration=tmp_path / "first.txt").code == 0
+    shutil.copytree("better", "again")
+    Path("again/recovery.json").rename("again/recovery.earlier.json")  # as where it is pruned once more
+    for source, share in (("first.txt", 1), ("other.txt", 0)):
+        words = ("evaluate", checkpoint, "better", "again", "--data", tmp_path / source, *long, *FLOAT32)
+        dense, better, again = json.loads(run(*words, "--json").out)["contestants"]
+        assert dense["seen"] is None
+        assert better["seen"] == again["seen"] == pytest.approx(share, abs=0.1)
+        said = "better was recovered with" in run(*words).out
+        assert said == (share > 0)
+    Path("better/recovery.json").write_text("{}")  # of another program
+    (found,) = json.loads(run("evaluate", "better", *words[4:], "--json").out)["contestants"]
+    assert found["seen"] is None
 
 
 def test_the_loss_of_a_recovered_model_is_that_of_its_own_forward_pass(better, tokenizer, prose):

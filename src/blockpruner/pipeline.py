@@ -21,6 +21,7 @@ from blockpruner.registry import format_method
 from blockpruner.searching.contract import DENSE, Progress, Stop
 from blockpruner.subject import Subject, save_subject
 from blockpruner.surgery.checkpoint import Saved
+from blockpruner.texts.overlap import share_known, tokens_of
 
 _log = logging.getLogger("blockpruner")
 
@@ -57,6 +58,8 @@ def run(
     mended = None if recipe.recovery is None else remade(recipe, subject, plan, progress)
     if mended is not None:
         contestants["recovered"] = recovered(task, held_out, mended)
+        if share := share_known(mended.record.seen, tokens_of(held_out.examples)):
+            _log.warning("%.0f%% of the text to measure on was fitted on, or chose the recovery", 100 * share)
     outcome = Outcome(
         format=Outcome.FORMAT,
         version=Outcome.VERSION,

@@ -4,10 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from blockpruner.anatomy.parts import Anatomy
@@ -24,9 +21,9 @@ from blockpruner.repairs.written import windows_to_write, with_written
 from blockpruner.searching.contract import DENSE, Progress
 from blockpruner.searching.evaluations import Evaluations
 from blockpruner.surgery.gaps import UNREPAIRED, Repair, repaired
-from blockpruner.texts.examples import IGNORED, Examples
+from blockpruner.texts.examples import Examples
+from blockpruner.texts.overlap import sketch, tokens_of, windows_in_common
 
-RUN = 32  # tokens in a row that two texts have in common
 HELD_OUT = 5  # where no other text is given, the last fifth of the windows is held out
 _log = logging.getLogger("blockpruner")
 
@@ -81,6 +78,7 @@ def recover(
         removed=format_mask(mask),
         examples=fit.fingerprint,
         held_out=held_out.fingerprint,
+        seen=sketch([tokens_of(fit), tokens_of(held_out)]),
         tokens=(_tokens(fit), _tokens(held_out)),
         steps=tuple(steps),
         added_parameters=(repair if applied else made).added_parameters,
@@ -169,7 +167,7 @@ def apart(examples: Examples, held_out: Examples | None) -> tuple[Examples, Exam
         if asked is not None and asked.question == "choices":
             raise InputError("a recovery is fitted on windows of text, not on items with answers", fix="give text")
     fit, judged = _split(examples) if held_out is None else (examples, held_out)
-    common = _in_common(fit, judged)
+    common = windows_in_common(tokens_of(fit), tokens_of(judged))
     others = [number for number in range(len(judged)) if number not in common]
     if common and (held_out is not None or not others):
         raise InputError(
@@ -191,37 +189,6 @@ def _split(examples: Examples) -> tuple[Examples, Examples]:
             fix="give more text, or text of its own to hold out",
         )
     return examples.part(0, len(examples) - last), examples.part(len(examples) - last, len(examples))
-
-
-def _in_common(examples: Examples, held_out: Examples) -> set[int]:
-    """The windows to judge by that share text with those to fit on: all of it, or twice RUN tokens, wherever it stands.
-
-    Every RUN-th run of the one is looked for at every place of the other, so that what is cut up otherwise is seen.
-    """
-    fit, judged = _texts(examples), _texts(held_out)
-    whole = {row.tobytes() for row in fit}
-    runs = {bytes(run) for row in fit for run in _runs(row)[::RUN]}
-    return {
-        number
-        for number, row in enumerate(judged)
-        if row.tobytes() in whole or len({bytes(run) for run in _runs(row)} & runs) > 1
-    }
-
-
-def _texts(examples: Examples) -> "np.ndarray[Any, Any]":
-    """The tokens of each row, without what was masked in them."""
-    ids, targets = examples.inputs["input_ids"], examples.targets
-    if examples.question == "masked tokens":
-        ids = torch.where(targets == IGNORED, ids, targets)
-    return ids.cpu().numpy()
-
-
-def _runs(row: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-    """All runs of RUN tokens in a row, as bytes [places, bytes of a run]."""
-    if len(row) < 2 * RUN:
-        return np.empty((0, 0), dtype=np.uint8)
-    found = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(row, RUN))
-    return found.view(np.uint8).reshape(len(found), -1)
 
 
 def _worse(pruned: Estimate | None, recovered: Estimate | None) -> str:

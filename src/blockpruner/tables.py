@@ -124,6 +124,10 @@ def print_evaluation(evaluation: Evaluation) -> None:
     if len({quality.fingerprint for quality in contestants}) > 1:
         print("These models split the text into different tokens: compare bits per byte, not loss or perplexity.")
     for quality in contestants:
+        if quality.seen:
+            share = f"{quality.name} was recovered with {quality.seen:.0%} of this text"
+            print(f"{share}, so its figures here are better than elsewhere: take other text.")
+    for quality in contestants:
         if quality.sample is not None:
             print(f"{quality.name} writes: {quality.sample!r}")
 

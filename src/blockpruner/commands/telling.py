@@ -74,7 +74,7 @@ def evaluate(
     """Compare models: perplexity and bits per byte, tasks of lm-eval item by item, and what each model writes."""
     from blockpruner.artifacts import check_outside, run_folder
     from blockpruner.evaluation.assess import assess
-    from blockpruner.evaluation.assessment import Contestant, Wanted
+    from blockpruner.evaluation.assessment import Contestant, Wanted, recovered_with
     from blockpruner.evaluation.suites import chosen_tasks
     from blockpruner.evaluation_tables import print_assessment
 
@@ -83,7 +83,8 @@ def evaluate(
         subject = opened(name, loading)
         if run is not None:
             check_outside(run, [subject.folder] if subject.folder else [])
-        yield Contestant(subject.model, subject.tokenizer, subject.anatomy)
+        seen = recovered_with(subject.folder)
+        yield Contestant(subject.model, subject.tokenizer, subject.anatomy, seen=seen)
 
     tasks, limit = chosen_tasks(questions.suite, questions.tasks, questions.shots, questions.limit)
     wanted = Wanted(

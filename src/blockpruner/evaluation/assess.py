@@ -24,6 +24,7 @@ from blockpruner.evaluation.writings import Written
 from blockpruner.loading.models import computation
 from blockpruner.searching.contract import Progress
 from blockpruner.texts.calibration import Calibration, CalibrationRecord
+from blockpruner.texts.overlap import share_known
 
 TEXT, TASKS, WRITING = "evaluation.json", "tasks.json", "generation.json"
 
@@ -136,7 +137,8 @@ class _Work:
         if self.wanted.prompt:
             with one.left() as model:
                 sample = greedy_sample(model, one.tokenizer, self.wanted.prompt)
-        return quality.model_copy(update={"sample": sample})
+        shares = [share for known in one.seen if (share := share_known(known, windows.windows.numpy())) is not None]
+        return quality.model_copy(update={"sample": sample, "seen": max(shares, default=None)})
 
     def _result(self, name: str, one: Contestant, model: PreTrainedModel, digest: str, task: Task) -> TaskResult:
         assert self.harness is not None

@@ -1,7 +1,7 @@
 """What is to be found out about which models, and what was found."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,38 @@ from blockpruner.evaluation.quality import Evaluation, Quality, load_text
 from blockpruner.evaluation.suites import Task
 from blockpruner.evaluation.task_table import TaskTable
 from blockpruner.evaluation.verdict import GenerationCheck
+from blockpruner.repairs.recovery import RecoveryRecord
 from blockpruner.surgery.removal import skipped
 from blockpruner.texts.calibration import Calibration, TextOptions, check_options
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model without the blocks of `mask`, which are in place until it is looked at."""
+    """A model without the blocks of `mask`, which are in place until it is looked at.
+
+    seen: text that it was recovered with, each as `overlap.sketch` has it.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     anatomy: Anatomy
     mask: Mask = frozenset()
+    seen: tuple[str, ...] = ()
 
     def left(self) -> AbstractContextManager[PreTrainedModel]:
         return skipped(self.model, self.mask, anatomy=self.anatomy)
+
+
+def recovered_with(folder: Path | None) -> tuple[str, ...]:
+    """The text that went into the recoveries of a model in `folder`, each as `overlap.sketch` has it.
+
+    What another program left there under these names is passed over.
+    """
+    found = list[str]()
+    for path in sorted(folder.glob("recovery*.json")) if folder else ():
+        with suppress(InputError):
+            found.append(RecoveryRecord.load(path).seen)
+    return tuple(filter(None, found))
 
 
 Opener = Callable[[str], AbstractContextManager[Contestant]]

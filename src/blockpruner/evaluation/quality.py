@@ -32,7 +32,8 @@ class Quality(Record):
     fingerprint: of its windows; losses compare where it is the same.
     loss: mean next-token loss over windows; perplexity = exp(loss), unless the protocol says otherwise, see
     `protocols`; bits_per_byte = summed loss / (ln 2 * bytes of the predicted text), comparable between tokenizers.
-    computation: a digest of what it computes with, see `models`.
+    computation: a digest of what it computes with, see `models`. seen: the share of this text, from 0 to 1, that the
+    model was recovered with, see `overlap`; None where it was not, or nothing is known of it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Quality(Record):
     bits_per_byte: Estimate
     sample: str | None = None
     computation: str = ""
+    seen: float | None = None
 
 
 class Evaluation(Artifact):

@@ -90,12 +90,12 @@ class StepRecord(Record):
 class RecoveryRecord(Artifact):
     """What a chain of recoveries did to a model without the blocks of `removed`, and what that was worth.
 
-    method: as on the command line; examples, held_out: fingerprints; tokens: that were fitted on, and held out; dense,
-    pruned, recovered: losses on the held-out examples, None where the model has none or it is not finite; choices were
-    made by that same text, so what is reported of a recovery is to be measured on yet other text;
-    recovered_share: of the increase of the loss, what is won back (1: all of it, below 0: it is worse still), None
-    where pruning made nothing worse; applied: whether anything of the repair is used; reason: why not. Version 1 was of
-    one method.
+    method: as on the command line; examples, held_out: fingerprints; seen: both texts as `overlap.sketch` has them;
+    tokens: that were fitted on, and held out; dense, pruned, recovered: losses on the held-out examples, None where the
+    model has none or it is not finite; choices were made by that same text, so what is reported of a recovery is to be
+    measured on yet other text, and `evaluate` says where it is not; recovered_share: of the increase of the loss, what
+    is won back (1: all of it, below 0: it is worse still), None where pruning made nothing worse; applied: whether
+    anything of the repair is used; reason: why not. Version 1 was of one method.
     """
 
     FORMAT: ClassVar[str] = "blockpruner.recovery"
@@ -105,6 +105,7 @@ class RecoveryRecord(Artifact):
     removed: str
     examples: str
     held_out: str
+    seen: str = ""
     tokens: tuple[int, int]
     steps: tuple[StepRecord, ...]
     added_parameters: int
