@@ -1,4 +1,4 @@
-"""The README's table of what recoveries win back, made from experiments/recovery.json.
+"""The README's tables of what recoveries win back, made from experiments/recovery.json.
 
 python benchmarks/recovery_table.py
 """
@@ -29,14 +29,32 @@ LADDER = (
     ("linear:target=dense,refit,lora:tokens", "again", "`linear:target=dense,refit,lora:loss=kl`"),
     ("linear:target=dense,refit,lora:tokens", "written", "the same with `written=1`"),
     ("mlp,refit,lora:tokens", "written", "`mlp,refit,lora:loss=kl,written=1`"),
+    ("mlp:neurons=2560,refit,lora:tokens", "written", "`mlp:neurons=2560,refit,lora:loss=kl,written=1`"),
 )
-PLACE = re.compile(
-    r"(?<=<!-- recovered: made by benchmarks/recovery_table.py -->\n).*?(?=<!-- end of recovered -->)", re.DOTALL
+SIZES = (6, 9, 12)
+BY_SIZE = (
+    "plain",
+    "bias",
+    "span",
+    "linear:rank=64",
+    "linear",
+    "linear:target=dense",
+    "linear:target=dense,refit",
+    "mlp",
 )
+
+
+def place(name: str) -> re.Pattern[str]:
+    """Where the README has a table of this name."""
+    made = f"<!-- {name}: made by benchmarks/recovery_table.py -->\n"
+    return re.compile(rf"(?<={re.escape(made)}).*?(?=<!-- end of {name} -->)", re.DOTALL)
 
 
 def main() -> None:
-    README.write_text(PLACE.sub(lambda _: table(), README.read_text(encoding="utf-8")), encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        text = place(name).sub(lambda _, make=make: make(), text)
+    README.write_text(text, encoding="utf-8")
 
 
 def table() -> str:
@@ -47,6 +65,28 @@ def table() -> str:
     shown.append(_row(f"(without {BLOCKS - 1})", _found(rows, "plain", "closed", blocks=BLOCKS - 1)))
     shown += [_row(name, found) for method, text, name in LADDER if (found := _found(rows, method, text))]
     return markdown(shown)
+
+
+def sizes() -> str:
+    """What closed forms win back of WikiText-2 where more or less was removed."""
+    rows, shown = json.loads(FIGURES.read_text(encoding="utf-8"))["rows"], list[dict[str, Any]]()
+    for method in BY_SIZE:
+        cells: dict[str, Any] = {"": f"`{method}`" if method != "plain" else "(nothing)"}
+        for blocks in SIZES:
+            row = _found(rows, method, "closed", blocks=blocks).get(TEXTS[0])
+            cells |= {
+                f"{blocks} blocks": f"{row['log_perplexity']:.3f}" if row else "",
+                f"won back of {blocks}": _won(row),
+            }
+        shown.append(cells)
+    return markdown(shown)
+
+
+def _won(row: dict[str, Any] | None) -> str:
+    """The share in words; nothing of a plain plan, or where nothing was measured."""
+    if row is None or row.get("recovered_share") is None or row["method"] == "plain":
+        return ""
+    return "left out: worse on held-out text" if row.get("applied") is False else f"{row['recovered_share']:.0%}"
 
 
 def _found(rows: list[dict[str, Any]], method: str, text: str, blocks: int = BLOCKS) -> dict[str, dict[str, Any]]:
@@ -75,12 +115,12 @@ def _row(name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
     for text in TEXTS:
         row, title = found[text], text.partition(" ")[0]
-        share = row.get("recovered_share")
         shown[title] = f"{row['log_perplexity']:.3f}"
-        won = "left out: worse on held-out text" if row.get("applied") is False else f"{share or 0:.0%}"
-        shown[f"{title} won back"] = "" if share is None else won
+        shown[f"{title} won back"] = _won(row)
     return shown
 
+
+TABLES = {"recovered": table, "sizes": sizes}
 
 if __name__ == "__main__":
     main()

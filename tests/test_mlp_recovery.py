@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from labs import made
+from test_arrivals import scaled
 from test_spans import ARCHITECTURES, examples, layers, states
 from tiny import FAMILIES
 
@@ -16,6 +17,7 @@ from blockpruner.blocks import parse_mask
 from blockpruner.errors import InputError, RunFolderError
 from blockpruner.recoveries import parse_chain, parse_recovery
 from blockpruner.recovering import recover
+from blockpruner.repairs import run_mlps
 from blockpruner.repairs.closed_form import TAKEN, WORSE, regressors_of
 from blockpruner.repairs.folded_runs import runs
 from blockpruner.repairs.folding import projection
@@ -37,7 +39,7 @@ FAST = "epochs=3,warmup=0"
 
 def bench_of(name, mask=None, **more):
     """A bench without the last block of layer 1 and all of layer 2, or without `mask`."""
-    model, anatomy = made(name)
+    model, anatomy = scaled() if name == "scaled" else made(name)
     text = examples(model)
     gone = layers(anatomy, 2) | {anatomy.stacks[0].layers[1].parts[-1].block}
     return Bench(model, anatomy, gone if mask is None else mask, text, text, **more)
@@ -60,7 +62,7 @@ def plain(bench, last):
     return dense, pruned
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "scaled"])
 def test_what_is_missing_behind_a_run_is_what_a_whole_pass_of_either_model_says(name):
     bench = whole(bench_of(name))
     (run,) = runs(bench.anatomy, bench.mask)
@@ -99,7 +101,7 @@ def put_in(bench):
     return found[:, 1:], dense[:, 1:]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "scaled"])
 def test_what_is_missing_put_in_the_gap_gives_the_dense_models_stream_behind_the_run(name):
     found, dense = put_in(whole(bench_of(name)))
     torch.testing.assert_close(found, dense, atol=1e-3, rtol=1e-3)
@@ -209,10 +211,12 @@ def test_what_stands_already_is_left_alone():
 
 
 def test_where_norms_stand_on_the_stream_only_whole_layers_are_runs():
-    bench = bench_of("masked/bert", force=True)
-    repair, (record,) = mended("mlp", bench)
-    assert (repair, record.applied) == (Repair(), False)
-    assert "norms or scales stand on the stream" in record.reason
+    bench = bench_of("masked/bert", force=True)  # mlp.1 and layer 2
+    repair, (alone, whole) = mended(f"mlp:{FAST}", bench)
+    assert "norms or scales stand on the stream" in alone.reason
+    assert (alone.removed, alone.applied) == ("mlp.1", False)
+    assert (whole.removed, whole.applied) == ("attention.2+mlp.2", True)
+    assert list(repair.replacements) == ["bert.encoder.layer.2"]
 
 
 def test_a_chain_goes_on_from_it_and_the_model_is_judged_as_after_any_recovery():
@@ -231,6 +235,50 @@ def test_the_layer_map_says_what_a_run_stands_for():
     bench = bench_of("causal/gpt2", force=True)
     repair, _ = mended(f"mlp:{FAST}", bench)
     assert layer_map(bench.anatomy, bench.mask, repair) == {"": [(0,), (1, 2), (3,)]}
+
+
+@pytest.mark.parametrize("name", ["causal/gemma3_text", "scaled"])
+def test_the_error_of_a_single_block_too_goes_by_the_spread_of_each_channel(name):
+    bench = bench_of(name, mask=parse_mask("mlp.1"), force=True)
+    repair, (record,) = mended("mlp", bench)
+    last = bench.anatomy.stacks[0].layers[1].path
+    dense, pruned = (each[:, 1:] for each in plain(bench, last))
+    with repaired(bench.model, bench.anatomy, bench.mask, repair):
+        found = states(bench.model, bench.examples, last)[1][:, 1:]
+    spread = dense.flatten(0, 1).std(0, correction=0)
+    share, bare = (
+        float(((found - dense) / by).square().sum() / ((pruned - dense) / by).square().sum()) for by in (spread, 1)
+    )
+    assert record.error == pytest.approx(share, rel=2e-4)
+    assert record.error != pytest.approx(bare, rel=1e-3)
+
+
+def test_a_run_whose_neurons_are_all_dead_begins_with_random_ones_and_numbers_that_are_not_finite_are_left_out():
+    model: Any = FAMILIES["opt"]()
+    with torch.no_grad():
+        for layer in model.model.decoder.layers[1:3]:
+            layer.fc1.bias.fill_(-1e4)
+    anatomy, text = read_anatomy(model), examples(model)
+    bench = Bench(model, anatomy, layers(anatomy, 1, 2), text, text, force=True)
+    repair, (record,) = mended(f"mlp:{FAST}", bench)
+    (one,) = repair.replacements.values()
+    assert record.applied
+    assert float(one.up.abs().max()) < 1e3
+    assert one.act == "silu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_mlps, "_missing", lambda *_: float("nan"))
+        repair, (record,) = mended(f"mlp:{FAST}", bench)
+    assert (repair.replacements, record.applied, record.error) == ({}, False, None)
+    assert "not finite" in record.reason
+
+
+def test_the_price_is_said_where_the_configuration_names_no_width():
+    model, anatomy = made("causal/blt")
+    mask = frozenset(part.block for layer in anatomy.stacks[0].layers[:1] for part in layer.parts)
+    text = examples(model)
+    bench = Bench(model, anatomy, mask, text, text)
+    for method in ("mlp", "adapter"):
+        assert "of checkpoints on disk" in parse_recovery(method).price(bench)
 
 
 def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path):
@@ -253,6 +301,9 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path):
     other = replace(bench, folder=folder, examples=examples(bench.model, seed=9))
     with pytest.raises(RunFolderError, match="another training"):
         mended(method, other)
+    bias, _ = mended("bias", replace(bench, mask=parse_mask("mlp.0")))
+    with pytest.raises(RunFolderError, match="another training"):  # behind something else
+        mended(method, replace(bench, folder=folder, start=bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -81,7 +81,10 @@ def test_what_a_recovery_did_is_told_with_its_errors_and_the_layers_that_are_lef
     assert "By the numbers of the whole model, `model.layers.1.mlp` stands for layers 1 to 2." in text
     layers = {"": [(0,), (1, 2), (4,)], "decoder": [(1,)]}
     text = model_card(IDENTITY, BY_HAND, WRITTEN, record(), layers=layers)
-    assert "Layers with anything left: 0, 1 to 2 (one map), 4. Layers of the decoder with anything left: 1." in text
+    assert (
+        "Layers with anything left: 0, 1 (which stands for 2 too), 4. Layers of the decoder with anything left: 1."
+        in text
+    )
     assert "with anything left" not in model_card(IDENTITY, BY_HAND, WRITTEN)
     assert "| recovered | not known |" in model_card(IDENTITY, BY_HAND, WRITTEN, record(recovered=None))
 

@@ -106,6 +106,26 @@ def test_a_recipe_runs_from_a_model_to_a_smaller_one(name, subject, checkpoint, 
         assert saved.difference <= 1e-4
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_who_measures_on_text_that_the_recovery_was_fitted_on_is_told(shared, subject, prose, items, tmp_path, caplog):
+    """Windows of 32 tokens, so that runs fit in; the text repeats itself by chance only."""
+    chosen = scaled("replaceable", prose, items)
+    words = prose.read_text(encoding="utf-8")
+    (tmp_path / "other.txt").write_text(words[len(words) // 2 :], encoding="utf-8")
+    (tmp_path / "first.txt").write_text(words[: len(words) // 2], encoding="utf-8")
+    first, other = str(tmp_path / "first.txt"), str(tmp_path / "other.txt")
+    size = {"tokens": 384, "window": 32}
+    chosen = chosen.model_copy(
+        update={
+            "calibration": chosen.calibration.model_copy(update={"source": first, **size}),
+            "evaluation": chosen.evaluation.model_copy(update={"source": first if shared else other, **size}),
+        }
+    )
+    outcome, *_ = run(chosen, subject, tmp_path / "run", save=False)
+    assert "recovered" in outcome.contestants
+    assert ("of the text to measure on was fitted on, or chose the recovery" in caplog.text) == shared
+
+
 def test_run_again_a_recipe_ends_in_the_same_files(subject, prose, items, tmp_path):
     chosen = scaled("blockpruner", prose, items)
     files = []

@@ -131,7 +131,8 @@ def test_evaluate_says_how_much_of_its_text_a_model_was_recovered_with(run, reco
         words = ("evaluate", checkpoint, "better", "again", "--data", tmp_path / source, *long, *FLOAT32)
         dense, better, again = json.loads(run(*words, "--json").out)["contestants"]
         assert dense["seen"] is None
-        assert better["seen"] == again["seen"] == pytest.approx(share, abs=0.1)
+        assert better["seen"] == again["seen"]
+        assert better["seen"]["value"] == pytest.approx(share, abs=0.1)
         said = "better was recovered with" in run(*words).out
         assert said == (share > 0)
     Path("better/recovery.json").write_text("{}")  # of another program
@@ -233,6 +234,15 @@ def test_a_dry_run_says_the_price_and_stops(recover):
     assert [line.partition(":")[0] for line in json.loads(done.out)["price"]] == ["linear", "lora"]
     assert not Path("better").exists()
     assert not Path("better.run").exists()
+
+
+def test_what_was_kept_of_an_mlp_goes_when_the_model_is_saved(recover, monkeypatch):
+    whole = parse_mask("mlp.1+attention.2+mlp.2+mlp.3")
+    monkeypatch.setattr(Plan, "mask", lambda *_: whole)
+    done = recover("--force", method="mlp:epochs=2,refit", out="small")
+    assert done.code == 0, done.err
+    assert "of states in memory and on disk" in done.err
+    assert not Path("small.run").exists()
 
 
 def test_methods_without_training_leave_no_run_folder(recover):

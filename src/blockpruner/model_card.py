@@ -125,9 +125,13 @@ def _layers(layers: Mapping[str, Sequence[tuple[int, ...]]]) -> list[str]:
     """Which layers of the whole model are left."""
     said = []
     for stack, left in layers.items():
-        names = [str(at[0]) if len(at) == 1 else f"{at[0]} to {at[-1]} (one map)" for at in left]
+        names = [str(at[0]) if len(at) == 1 else f"{at[0]} (which stands for {_counted(at[1:])} too)" for at in left]
         said.append(f"Layers {f'of the {_plain(stack)} ' if stack else ''}with anything left: {', '.join(names)}.")
     return ["Numbers are those of the whole model, from 0. " + " ".join(said)] if said else []
+
+
+def _counted(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def _losses(plan: Plan) -> list[str]:
@@ -153,10 +157,10 @@ def _recovery(record: RecoveryRecord | None) -> list[str]:
     said = f"{done}, fitted on {record.tokens[0]:,} tokens, with {record.added_parameters:,} parameters added.{share}"
     note = f"On {record.tokens[1]:,} held-out tokens, by which choices were made. ± standard error over windows."
     stand = [
-        f"{_code(gap.place)} stands for {_plain(str(gap.settings['stands for']))}"
+        f"{_code(gap.place)} stands for {_plain(str(gap.settings.get('stands for', gap.removed)))}"
         for step in record.steps
         for gap in step.gaps
-        if step.applied and gap.applied and "stands for" in gap.settings
+        if step.applied and gap.applied and ("stands for" in gap.settings or "+" in gap.removed)
     ]
     beyond = [f"By the numbers of the whole model, {', '.join(stand)}."] if stand else []
     return ["## What was done to win quality back", said, *beyond, _table(unit, losses), note]

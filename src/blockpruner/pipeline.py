@@ -21,7 +21,7 @@ from blockpruner.registry import format_method
 from blockpruner.searching.contract import DENSE, Progress, Stop
 from blockpruner.subject import Subject, save_subject
 from blockpruner.surgery.checkpoint import Saved
-from blockpruner.texts.overlap import share_known, tokens_of
+from blockpruner.texts.overlap import SEEN, share_known, tokens_of, told_share
 
 _log = logging.getLogger("blockpruner")
 
@@ -58,8 +58,9 @@ def run(
     mended = None if recipe.recovery is None else remade(recipe, subject, plan, progress)
     if mended is not None:
         contestants["recovered"] = recovered(task, held_out, mended)
-        if share := share_known(mended.record.seen, tokens_of(held_out.examples)):
-            _log.warning("%.0f%% of the text to measure on was fitted on, or chose the recovery", 100 * share)
+        seen = share_known(mended.record.seen, tokens_of(held_out.examples))
+        if seen and seen.value >= SEEN:
+            _log.warning("%s of the text to measure on was fitted on, or chose the recovery", told_share(seen))
     outcome = Outcome(
         format=Outcome.FORMAT,
         version=Outcome.VERSION,

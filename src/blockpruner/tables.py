@@ -16,6 +16,7 @@ from blockpruner.repairs.recovery import GapRecord, RecoveryRecord
 from blockpruner.scores import ScoreTable
 from blockpruner.subject import Subject
 from blockpruner.surgery.checkpoint import Saved
+from blockpruner.texts.overlap import SEEN, told_share
 
 
 def anatomy_json(subject: Subject) -> dict[str, Any]:
@@ -124,8 +125,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
     if len({quality.fingerprint for quality in contestants}) > 1:
         print("These models split the text into different tokens: compare bits per byte, not loss or perplexity.")
     for quality in contestants:
-        if quality.seen:
-            share = f"{quality.name} was recovered with {quality.seen:.0%} of this text"
+        if quality.seen and quality.seen.value >= SEEN:
+            share = f"{quality.name} was recovered with {told_share(quality.seen)} of this text"
             print(f"{share}, so its figures here are better than elsewhere: take other text.")
     for quality in contestants:
         if quality.sample is not None:

@@ -33,7 +33,7 @@ class Quality(Record):
     loss: mean next-token loss over windows; perplexity = exp(loss), unless the protocol says otherwise, see
     `protocols`; bits_per_byte = summed loss / (ln 2 * bytes of the predicted text), comparable between tokenizers.
     computation: a digest of what it computes with, see `models`. seen: the share of this text, from 0 to 1, that the
-    model was recovered with, see `overlap`; None where it was not, or nothing is known of it.
+    model was recovered with, see `overlap`; None where it was not, or that cannot be told.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Quality(Record):
     bits_per_byte: Estimate
     sample: str | None = None
     computation: str = ""
-    seen: float | None = None
+    seen: Estimate | None = None
 
 
 class Evaluation(Artifact):

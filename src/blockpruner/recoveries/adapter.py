@@ -44,7 +44,7 @@ class Adapter(Trained):
             )
 
     def numbers(self, bench: Bench) -> int:
-        width = bench.model.config.get_text_config().hidden_size
+        width = bench.width
         return count_gaps(bench) * self.added_parameters(width, width)
 
     def price(self, bench: Bench) -> str:

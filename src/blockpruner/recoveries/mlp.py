@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from blockpruner.errors import InputError
-from blockpruner.repairs.recovery import Bench, GapRecord, Trained, looks, walks
+from blockpruner.repairs.recovery import Bench, GapRecord, Trained, looks, states_held, walks
 from blockpruner.searching.costs import readable_bytes
 
 if TYPE_CHECKING:
@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mlp(Trained):
-    """x A + b + (silu(n G + g) * (n U + u)) D for each run of blocks, n being x at root mean square one.
+    """x A + b + (act(n G + g) * (n U + u)) D for each run of blocks, n being x at root mean square one.
 
-    It takes the stream before the run to the dense model's behind it: A in closed form, as in `linear:target=dense`,
-    then the MLP on what A leaves, by AdamW on states that were read once, so that no pass goes backward through the
-    model. It begins with those neurons of the run's own MLPs that tell most of what is missing. The loss is the mean
+    It takes the stream before the run to the dense model's behind it: A in closed form, from the stream as in
+    `linear:target=dense`, then the MLP on what A leaves, by AdamW on states that were read once, so that no pass goes
+    backward through the model. It begins with those neurons of the run's own MLPs that tell most of what is missing,
+    and has their activation; where none are known, with random ones and SiLU. The loss is the mean
     square of what is missing of each channel beside that channel's variance in the dense model's stream, and so is the
     error of the record. neurons: of each MLP; 0 takes (k - 1) d / 3 for a run of k blocks in a stream of width d, so
     that a run adds as many parameters as a full-rank map for each of its blocks. A single block is left to the linear
@@ -50,7 +51,7 @@ class Mlp(Trained):
         from blockpruner.repairs.run_mlps import neurons_of
         from blockpruner.repairs.run_states import runs_to_fill
 
-        width = bench.model.config.get_text_config().hidden_size
+        width = bench.width
         counts = [neurons_of(run, self.neurons, width) for run in runs_to_fill(bench.anatomy, bench.mask)]
         return sum(neurons * (3 * width + 2) + width for neurons in counts if neurons)
 
@@ -58,13 +59,13 @@ class Mlp(Trained):
         from blockpruner.repairs.run_states import runs_to_fill
 
         runs = runs_to_fill(bench.anatomy, bench.mask)
-        read = f"{self.writing(bench)}{walks(bench, len(runs), 'run', looks(bench, len(runs), 2))}"
+        read = (
+            f"{self.writing(bench)}{walks(bench, len(runs), 'run', looks(bench, len(runs), 2))}, {states_held(bench)}"
+        )
         if not (numbers := self.numbers(bench)):
             return read
-        several, steps = (
-            sum(len(run.blocks) > 1 for run in runs),
-            self.steps(len(bench.examples), bench.examples.tokens),
-        )
+        several = sum(len(run.blocks) > 1 for run in runs)
+        steps = self.steps(len(bench.examples), bench.examples.tokens)
         disk = readable_bytes(24 * numbers)
         return f"{read}, {steps:,} steps on the states of {several} of them, up to {disk} of checkpoints on disk"
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from blockpruner.repairs.recovery import Bench, GapRecord, looks, walks
+from blockpruner.repairs.recovery import Bench, GapRecord, looks, states_held, walks
 
 if TYPE_CHECKING:
     from blockpruner.surgery.gaps import Repair
@@ -37,7 +37,7 @@ class Span:
         from blockpruner.repairs.spans import spans
 
         count = len(spans(bench.anatomy, bench.mask))
-        return walks(bench, count, "run", looks(bench, count, 2))
+        return f"{walks(bench, count, 'run', looks(bench, count, 2))}, {states_held(bench)}"
 
     def repair(self, bench: Bench) -> tuple["Repair", tuple[GapRecord, ...]]:
         from blockpruner.repairs.closed_form import ClosedForm

@@ -36,7 +36,8 @@ def arrival(model: PreTrainedModel, gap: Gap, module: nn.Module, call: Call) -> 
             found = tensor_of(call.again(module, {layer.hidden: stream.clone()})) - before
         except RuntimeError:  # of a shape that does not fit there
             return None
-    scale = float((found * update).double().sum() / update.double().square().sum())
+    there, put = (each.cpu().double() for each in (found, update))  # some devices have no float64
+    scale = float((there * put).sum() / put.square().sum())
     scale = 1.0 if abs(scale - 1) < ROUNDED else scale
     room = ROUNDING[before.dtype.itemsize >= 4] * float((before.abs() + update.abs()).max())
     near = float((found - scale * update).abs().max()) <= room

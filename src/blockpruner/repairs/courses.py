@@ -107,4 +107,5 @@ def rates(options: Trained, steps: int) -> Callable[[int], float]:
 def rows_of(examples: Examples, chosen: list[int]) -> Examples:
     """The windows of these numbers, in this order."""
     inputs = {name: value[chosen] for name, value in examples.inputs.items()}
-    return Examples(examples.question, inputs, examples.targets[chosen], (1,) * len(chosen))
+    windows = None if examples.windows is None else examples.windows[chosen]
+    return Examples(examples.question, inputs, examples.targets[chosen], (1,) * len(chosen), windows=windows)

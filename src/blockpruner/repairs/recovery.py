@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from blockpruner.artifacts import Artifact, Estimate, Record
 from blockpruner.blocks import Mask
@@ -44,13 +44,23 @@ class Bench:
     start: "Repair" = field(default_factory=_unrepaired)
     folder: Path | None = None
 
+    @property
+    def width(self) -> int:
+        """Of the stream, as the configuration has it, else of what tokens are embedded in."""
+        named = getattr(self.model.config.get_text_config(), "hidden_size", None)
+        embedded: Any = self.model.get_input_embeddings().weight
+        return int(named or embedded.shape[-1])
+
     def report(self, done: int, total: int, message: str) -> None:
         if self.progress is not None:
             self.progress(done, total, message)
 
 
 class Judged(Record):
-    """The loss on held-out examples, in nats per predicted token, after so many steps of training; None: not finite."""
+    """The loss on held-out examples after so many steps of training; None: not finite.
+
+    In nats per predicted token; of `mlp` and `streamline`, what is missing of states, as their classes say.
+    """
 
     step: int
     loss: float | None
@@ -61,8 +71,8 @@ class GapRecord(Record):
 
     removed: the blocks that were there, empty where a block that is left was fitted anew; place: where, or what
     changed; added_parameters; settings: as chosen; error: mean square, on held-out text, of what is still missing,
-    beside that of all that was missing before (0 is perfect, 1 is as without); applied: whether it is part of the
-    repair; reason: why not; curve: of what was trained,
+    beside that of all that was missing before (0 is perfect, 1 is as without; `mlp` weighs channels, so that its errors
+    stand beside its own alone); applied: whether it is part of the repair; reason: why not; curve: of what was trained,
     for all gaps that were trained together.
     """
 
@@ -181,6 +191,13 @@ def walks(bench: Bench, count: int, place: str, passes: float) -> str:
     fit, judged = (len(examples) * examples.tokens for examples in (bench.examples, bench.held_out))
     places, said = place if count == 1 else f"{place}s", f"{passes:g} forward pass{'' if passes == 1 else 'es'}"
     return f"{count} {places}: about {said} over {fit:,} + {judged:,} tokens"
+
+
+def states_held(bench: Bench) -> str:
+    """What the states around a run take, in words: two streams on their way, and both sides of what stands there."""
+    tokens = sum(examples.tokens * len(examples.targets) for examples in (bench.examples, bench.held_out))
+    size = readable_bytes(4 * tokens * bench.width * bench.model.dtype.itemsize)
+    return f"up to {size} of states in memory and on disk"
 
 
 @dataclass(frozen=True)

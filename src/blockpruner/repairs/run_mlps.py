@@ -8,6 +8,7 @@ what is missing of each channel beside the spread of that channel of the stream,
 them all, and a few are hundreds of times as large as the rest.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -86,6 +87,8 @@ def _filled(
         made = mlp.replacement(made) if helped else made
         settings, curve = {"neurons": neurons * helped, **told(options, trace, bench.force)}, trace.curve
     error = _missing(states, made)
+    if not math.isfinite(error):
+        return repair, left_alone(str(run), gap.path, f"what would stand there is not finite in {bench.model.dtype}")
     record = record_of(str(run), gap.path, form, replace(fitted, error=error))
     record = record.model_copy(
         update={
@@ -107,8 +110,8 @@ def _missing(states: RunStates, made: Replacement) -> float:
     their spreads, as in the training."""
     left = power = 0.0
     for seen in map(states.piece, states.held_out):
-        left += float(((made(seen.x) - seen.y) / states.spread).double().square().sum())
-        power += float((seen.y / states.spread).double().square().sum())
+        left += float(((made(seen.x) - seen.y) / states.spread).square().sum())
+        power += float((seen.y / states.spread).square().sum())
     return left / power if power else 1.0
 
 
@@ -165,14 +168,14 @@ class RunMlp(nn.Module):
         left = count - sum(map(len, known))
         gate, up = (torch.randn(len(like), left, generator=generator).to(like) / len(like) ** 0.5 for _ in range(2))
         act = known[0].activation if known else "silu"
-        return joined([*known, Neurons(act, gate, like.new_zeros(left), up, like.new_zeros(left))])
+        return joined([*known, Neurons(act, gate, like.new_zeros(left), up, like.new_zeros(left))], like.device)
 
     def _best(self, count: int) -> list[Neurons]:
         """So many of the run's own neurons at most: those with the largest correlations, squared and summed, with what
         is missing on about TELLING tokens; at a spread of SMALL each."""
         if not self.states.neurons:
             return []
-        found = joined(self.states.neurons)
+        found = joined(self.states.neurons, self.mean.device)
         gate, up = found.gate * self.spread[:, None], found.up * self.spread[:, None]
         sides = (gate, found.gate_bias + self.mean @ found.gate, up, found.up_bias + self.mean @ found.up)
         own = Neurons(found.activation, *sides)
@@ -185,8 +188,10 @@ class RunMlp(nn.Module):
             products, wanted = products + made.T @ left, wanted + left.sum(0)
         covariances = (products - torch.outer(spread.mean().to(wanted), wanted)) / spread.count
         spreads = spread.found().to(wanted)
-        alive = spreads > DEAD * spreads.max()
+        alive = spreads > max(DEAD * float(spreads.max()), torch.finfo(spreads.dtype).tiny)  # the least that is found
         told = torch.where(alive, covariances.square().sum(-1) / spreads.square(), -1.0)
+        if not alive.any():
+            return []
         best = told.topk(min(count, int(alive.sum()))).indices
         size = SMALL / spreads[best]
         kept = own.chosen(best)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from blockpruner.anatomy.parts import Anatomy
 from blockpruner.anatomy.probing import Call, Enough
-from blockpruner.blocks import Mask
+from blockpruner.blocks import Block, Mask
 from blockpruner.engine.spilling import Spill
 from blockpruner.errors import InputError, UnsupportedModelError
 from blockpruner.repairs.arrivals import Taking, arrival, parts_behind
@@ -74,18 +74,22 @@ def runs_to_fill(anatomy: Anatomy, mask: Mask) -> list[Run]:
     """The runs that `mask` makes, in the order in which the model runs, each of which one thing can stand for.
 
     Where blocks of one layer read the same stream (parallel ones, and whatever is not known to be serial), a run that
-    goes on into a layer that keeps a block ends before it: that block would be given what it never reads.
+    goes on into a layer that keeps a block ends before it: that block would be given what it never reads. Where norms
+    stand on the stream, as in BERT, what is gone of a layer that keeps a block is a run of its own.
     """
-    alike = [layer for stack in anatomy.stacks if not stack.serial for layer in stack.layers]
+    alike = {layer.path for stack in anatomy.stacks if not stack.serial for layer in stack.layers}
     found: list[Run] = []
     for run in runs(anatomy, mask):
-        last = layer_of(anatomy, run.blocks[-1])
-        inside = [block for block in run.blocks if block in {part.block for part in last.parts}]
-        if last in alike and len(inside) < min(len(last.parts), len(run.blocks)):
-            split = len(run.blocks) - len(inside)
-            found += [replace(run, blocks=run.blocks[:split]), replace(run, blocks=run.blocks[split:])]
-        else:
-            found.append(run)
+        pieces, apart = list[list[Block]](), True
+        layers = {layer.path: layer for layer in (layer_of(anatomy, block) for block in run.blocks)}
+        for layer in layers.values():
+            gone = [part.block for part in layer.parts if part.block in run.blocks]
+            keeps = len(gone) < len(layer.parts)
+            if apart or (keeps and (layer.path in alike or not layer.identity)):
+                pieces.append([])
+            pieces[-1] += gone
+            apart = keeps and not layer.identity
+        found += [replace(run, blocks=tuple(blocks)) for blocks in pieces]
     return found
 
 
@@ -123,11 +127,11 @@ def _read(around: "_Around", states: States) -> RunStates:
     (normal,) = regressors_of("input", bench.model, gap)
     neurons = tuple(around.neurons(normal))
     parts = [*walks.pruned.fit, *walks.pruned.held_out], [*walks.dense.fit, *walks.dense.held_out]
-    spread, count, ends = Spread(), 0, [0]
+    spread, count, ends, device = Spread(), 0, [0], bench.model.device
     for number, (batch, same) in enumerate(zip(*parts, strict=True)):
         bench.report(number, len(parts[0]), f"reading the states around {run}")
         x, stream, weights = around.before(gap, batch)
-        counts = weights > 0
+        counts, device = weights > 0, x.device
         wanted = around.behind(same).to(stream.device)[counts]
         x, y, weights = x[counts], (wanted - stream[counts]) / scale, weights[counts]
         _check_finite(run, x, y)
@@ -143,7 +147,7 @@ def _read(around: "_Around", states: States) -> RunStates:
     fit, held_out = range(ends[0], ends[1]), range(ends[1], ends[2])
     if not (fit and held_out):
         raise InputError(f"no token says anything of {run}", fix="give longer windows")
-    return RunStates(gap, normal, neurons, spread.found(), fit, held_out, states)
+    return RunStates(gap, normal, neurons, spread.found().to(device), fit, held_out, states)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,8 @@ class Examples:
 
     inputs: by the names of the model's forward, each [rows, ...]; targets: [rows, positions], the token that output
     position p is to predict, IGNORED where none; lengths: rows per unit, for a unit (a window, or an item with its
-    answers) is what losses are means over; gold: per unit, the row in it that is right, where rows are answers.
+    answers) is what losses are means over; gold: per unit, the row in it that is right, where rows are answers;
+    windows: [rows, T], the text, where neither inputs nor targets have it whole.
     """
 
     question: Question
@@ -33,6 +34,7 @@ class Examples:
     targets: Tensor
     lengths: tuple[int, ...]
     gold: tuple[int, ...] = ()
+    windows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -77,6 +79,7 @@ class Examples:
             targets,
             self.lengths[start:stop],
             self.gold[start:stop],
+            None if self.windows is None else self.windows[first:last],
         )
 
     def rows(self) -> Iterator["Examples"]:
@@ -200,7 +203,8 @@ def _restored(model: PreTrainedModel, windows: Tensor, signs: Signs, seed: int) 
     given, wanted = (torch.tensor(side, device=windows.device) for side in zip(*pairs, strict=True))
     start = _decoder_start(model)
     shifted = torch.nn.functional.pad(wanted[:, :-1], (1, 0), value=start)
-    return _windows(kind, {"input_ids": given, "decoder_input_ids": shifted}, wanted)
+    found = _windows(kind, {"input_ids": given, "decoder_input_ids": shifted}, wanted)
+    return found if kind == "denoising" else replace(found, windows=windows)
 
 
 def _decoder_start(model: PreTrainedModel) -> int:

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from blockpruner.artifacts import Estimate
 from blockpruner.texts.examples import IGNORED, Examples
 
 RUN = 32  # tokens in a row that two texts have in common
 KEPT = 4096  # hashes of a sketch: 32 KiB
+FEWEST = 30  # runs of a text that is larger than its sketch, to tell a share from
+SEEN = 0.01  # a share that is worth a word: less is what many texts have in common
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 Rows = Any  # numpy: integers [windows, tokens]
@@ -40,29 +43,40 @@ def sketch(texts: Sequence[Rows]) -> str:
     return base64.b64encode(found[:KEPT].astype("<u8").tobytes()).decode()
 
 
-def share_known(known: str, rows: Rows) -> float | None:
-    """The share of the runs in these windows that a text of this sketch has too, from 0 to 1.
+def share_known(known: str, rows: Rows) -> Estimate | None:
+    """The share of the runs in these windows that a text of this sketch has too, from 0 to 1; n: runs looked at.
 
-    Exact where the sketch holds all of its text, of about RUN + KEPT tokens; else from those runs whose hash is below
-    the largest of the sketch, one of N where its text has N times KEPT runs. None where no run can be looked for, or
-    this is no sketch.
+    All of them where the sketch holds all of its text, of about RUN + KEPT tokens; else those whose hash is below the
+    largest of the sketch, one of N where its text has N times KEPT runs: a random choice, whose standard error is that
+    of a share. None where fewer than FEWEST of them could be looked at, or this is no sketch.
     """
     try:
         held = np.frombuffer(base64.b64decode(known, validate=True), "<u8").astype(np.uint64)
     except ValueError:  # of base64 too
         return None
-    asked = _hashes(rows)
+    every = asked = _hashes(rows)
     if len(held) >= KEPT:
-        asked = asked[asked <= held.max()]
-    return float(np.isin(asked, held).mean()) if len(held) and len(asked) else None
+        asked = every[every <= held.max()]
+    if not len(held) or len(asked) < min(FEWEST, max(1, len(every))):
+        return None
+    share = float(np.isin(asked, held).mean())
+    error = (share * (1 - share) / len(asked) * (1 - len(asked) / len(every))) ** 0.5
+    return Estimate(value=share, stderr=error, n=len(asked), unit=f"share of runs of {RUN} tokens")
+
+
+def told_share(share: Estimate) -> str:
+    """In words."""
+    return f"{share.value:.0%}" + (f" ± {share.stderr:.0%}" if share.stderr else "")
 
 
 def tokens_of(examples: Examples) -> Rows:
-    """The tokens of each row [rows, tokens], without what was masked in them."""
+    """The text of each row [rows, tokens], with what is hidden from the model in its place."""
     ids, targets = examples.inputs["input_ids"], examples.targets
     if examples.question == "masked tokens":
         ids = torch.where(targets == IGNORED, ids, targets)
-    return ids.cpu().numpy()
+    elif examples.question == "denoising":
+        ids = targets
+    return (ids if examples.windows is None else examples.windows).cpu().numpy()
 
 
 def _runs(row: Rows) -> Rows:
