@@ -68,23 +68,20 @@ def table() -> str:
 
 
 def sizes() -> str:
-    """What closed forms win back of WikiText-2 where more or less was removed."""
+    """What closed forms win back of WikiText-2 where more or less was removed, of those measured at every size."""
     rows, shown = json.loads(FIGURES.read_text(encoding="utf-8"))["rows"], list[dict[str, Any]]()
     for method in BY_SIZE:
+        found = {n: row for n in SIZES if (row := _found(rows, method, "closed", blocks=n).get(TEXTS[0]))}
         cells: dict[str, Any] = {"": f"`{method}`" if method != "plain" else "(nothing)"}
-        for blocks in SIZES:
-            row = _found(rows, method, "closed", blocks=blocks).get(TEXTS[0])
-            cells |= {
-                f"{blocks} blocks": f"{row['log_perplexity']:.3f}" if row else "",
-                f"won back of {blocks}": _won(row),
-            }
-        shown.append(cells)
+        for blocks, row in found.items():
+            cells |= {f"{blocks} blocks": f"{row['log_perplexity']:.3f}", f"won back of {blocks}": _won(row)}
+        shown += [cells] if len(found) == len(SIZES) else []
     return markdown(shown)
 
 
-def _won(row: dict[str, Any] | None) -> str:
-    """The share in words; nothing of a plain plan, or where nothing was measured."""
-    if row is None or row.get("recovered_share") is None or row["method"] == "plain":
+def _won(row: dict[str, Any]) -> str:
+    """The share in words; nothing of a plain plan."""
+    if row.get("recovered_share") is None or row["method"] == "plain":
         return ""
     return "left out: worse on held-out text" if row.get("applied") is False else f"{row['recovered_share']:.0%}"
 
