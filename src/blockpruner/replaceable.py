@@ -23,7 +23,7 @@ from blockpruner.errors import InputError
 from blockpruner.recoveries import RECOVERIES
 from blockpruner.registry import format_method
 from blockpruner.repairs.closed_form import ClosedForm, fill_along
-from blockpruner.repairs.recovery import Bench, Recovery
+from blockpruner.repairs.recovery import Bench, Recovery, stream_width
 from blockpruner.repairs.side_by_side import IN_MEMORY, Walk, begun
 from blockpruner.standin import Replacement
 from blockpruner.surgery.gaps import gaps
@@ -110,8 +110,7 @@ class Replacing:
     def held_bytes(self) -> int:
         """Memory for streams on their way from one fit to the next, at most."""
         tokens = sum(text.targets.numel() for text in (self.fit, self.held_out))
-        width = self.model.config.get_text_config().hidden_size
-        return min(IN_MEMORY, tokens * width * self.model.dtype.itemsize)
+        return min(IN_MEMORY, tokens * stream_width(self.model) * self.model.dtype.itemsize)
 
     def passes(self, moves: Sequence[Move], steps: int) -> float:
         """About how many forward passes over all examples the fits of a search of so many steps from these moves take.

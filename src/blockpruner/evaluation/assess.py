@@ -138,9 +138,8 @@ class _Work:
             with one.left() as model:
                 sample = greedy_sample(model, one.tokenizer, self.wanted.prompt)
         shares = [share for known in one.seen if (share := share_known(known, windows.windows.numpy())) is not None]
-        return quality.model_copy(
-            update={"sample": sample, "seen": max(shares, key=lambda share: share.value, default=None)}
-        )
+        most = max(shares, key=lambda share: share.value, default=None)
+        return quality.model_copy(update={"sample": sample, "seen": most})
 
     def _result(self, name: str, one: Contestant, model: PreTrainedModel, digest: str, task: Task) -> TaskResult:
         assert self.harness is not None

@@ -56,11 +56,8 @@ class Neurons:
 def joined(found: Sequence[Neurons], device: torch.device) -> Neurons:
     """All that have the activation of the first, in one, on one device."""
     alike = [each for each in found if each.activation == found[0].activation]
-    sides = ((each.gate, each.gate_bias, each.up, each.up_bias) for each in alike)
-    return Neurons(
-        alike[0].activation,
-        *(torch.cat([each.to(device) for each in side], dim=-1) for side in zip(*sides, strict=True)),
-    )
+    sides = ([s.to(device) for s in (each.gate, each.gate_bias, each.up, each.up_bias)] for each in alike)
+    return Neurons(alike[0].activation, *(torch.cat(side, dim=-1) for side in zip(*sides, strict=True)))
 
 
 @torch.no_grad()

@@ -46,10 +46,8 @@ class Bench:
 
     @property
     def width(self) -> int:
-        """Of the stream, as the configuration has it, else of what tokens are embedded in."""
-        named = getattr(self.model.config.get_text_config(), "hidden_size", None)
-        embedded: Any = self.model.get_input_embeddings().weight
-        return int(named or embedded.shape[-1])
+        """Of the stream."""
+        return stream_width(self.model)
 
     def report(self, done: int, total: int, message: str) -> None:
         if self.progress is not None:
@@ -191,6 +189,15 @@ def walks(bench: Bench, count: int, place: str, passes: float) -> str:
     fit, judged = (len(examples) * examples.tokens for examples in (bench.examples, bench.held_out))
     places, said = place if count == 1 else f"{place}s", f"{passes:g} forward pass{'' if passes == 1 else 'es'}"
     return f"{count} {places}: about {said} over {fit:,} + {judged:,} tokens"
+
+
+def stream_width(model: "PreTrainedModel") -> int:
+    """As the configuration has it, else that of what tokens are embedded in."""
+    named = getattr(model.config.get_text_config(), "hidden_size", None)
+    if named is None:
+        embeddings: Any = model.get_input_embeddings()
+        named = embeddings.weight.shape[-1]
+    return int(named)
 
 
 def states_held(bench: Bench) -> str:
