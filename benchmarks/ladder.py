@@ -44,6 +44,7 @@ TRAINED = (
     "mlp,refit",
     f"mlp,refit,lora:{WRITTEN}",
     f"mlp:neurons=2560,refit,lora:{WRITTEN}",
+    f"mlp:neurons=3840,refit,lora:{WRITTEN}",
     f"span,distill:{FEW}",
     "streamline:tokens={tokens},patience=0",
     "linear:rank=64,streamline:tokens={tokens},patience=0",
