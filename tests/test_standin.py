@@ -189,7 +189,7 @@ def test_a_part_of_the_configuration_is_not_taken_for_the_whole_either(tmp_path)
 def test_a_format_or_an_architecture_that_is_not_known_here_is_named(llama, tmp_path):
     for change, message in (
         ({"format_version": 99}, "in format 1 or 2 .found: 99."),
-        ({"base_model_type": "llama9"}, "does not know the model type 'llama9'"),
+        ({"base_model_type": "llama9"}, "does not know model type 'llama9'"),
     ):
         config = json.loads((llama / "config.json").read_text())
         config["blockpruner"] |= change
@@ -254,6 +254,16 @@ def test_in_memory_the_configuration_is_that_of_the_architecture():
     assert isinstance(model.config, LlamaConfig)
     assert model.config.to_dict()["model_type"] == model.config.model_type == "llama"
     assert type(model.config).from_dict(model.config.to_dict()).blockpruner == model.config.blockpruner
+
+
+@pytest.mark.parametrize("asked", ["_can_set_attn_implementation", "_can_set_experts_implementation"])
+@pytest.mark.parametrize("family", ["llama", "qwen2-moe"])
+def test_attention_and_experts_are_computed_as_in_the_architecture(monkeypatch, family, asked):
+    made = type(pruned(family))
+    for kind in made.__mro__:  # where newer versions of transformers keep what they found
+        if f"{asked}_cached_value" in vars(kind):
+            monkeypatch.delattr(kind, f"{asked}_cached_value")
+    assert getattr(made, asked)() == getattr(standin.unpruned(made), asked)() == (family != "llama" or "attn" in asked)
 
 
 def test_copies_and_pickles_stay_pruned():

@@ -316,6 +316,9 @@ def pruned_model_class(base: type[PreTrainedModel], config: type[PreTrainedConfi
             specs = getattr(config, MODEL_TYPE)["modules"]
             place(self, {outer + path.removeprefix(inner): spec for path, spec in specs.items()})
 
+    # transformers reads both out of the file of a class: by this one, experts would be computed one by one.
+    for told in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
+        setattr(PrunedModel, told, getattr(base, told))
     PrunedModel.__name__ = PrunedModel.__qualname__ = _PREFIX + base.__name__
     return PrunedModel
 
@@ -333,10 +336,10 @@ def __getattr__(name: str) -> type:
 def _locked(plain: dict[str, Any]) -> dict[str, Any]:
     """A configuration as it is written to disk: with a model type and a label that stock transformers refuses."""
     names = [_PREFIX + name.removeprefix(_PREFIX) for name in plain.get("architectures") or ()]
-    home = f"{Path(__file__).stem}.{BlockprunerConfig.__name__}"
+    home = {"AutoConfig": f"{Path(__file__).stem}.{BlockprunerConfig.__name__}"}
     # AutoTokenizer, which needs no model, falls back on a class of no type; that class reads the part of no type.
     record = {**plain[MODEL_TYPE], "model_type": ""}
-    own = {MODEL_TYPE: record, "model_type": MODEL_TYPE, "architectures": names, "auto_map": {"AutoConfig": home}}
+    own = {MODEL_TYPE: record, "model_type": MODEL_TYPE, "architectures": names, "auto_map": home}
     return _each_config(plain, lambda labels: {_REFUSAL: "", **labels}) | own
 
 
@@ -344,10 +347,9 @@ def _unlocked(written: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `_locked`; ValueError if the file is of a format that is not known here."""
     if written.get("model_type") != MODEL_TYPE:
         return written
-    record = written.get(MODEL_TYPE)
-    known = (FORMAT_VERSION, REPLACING_VERSION)
-    if not isinstance(record, dict) or record.get("format_version") not in known:
-        found = record.get("format_version") if isinstance(record, dict) else None
+    record, known = written.get(MODEL_TYPE) or {}, (FORMAT_VERSION, REPLACING_VERSION)
+    found = record.get("format_version") if isinstance(record, dict) else None
+    if found not in known:
         raise ValueError(
             f"config.json does not describe removed blocks in format {' or '.join(map(str, known))} (found: {found}); "
             "upgrade blockpruner, or prune the model again"
@@ -392,9 +394,7 @@ class BlockprunerConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         kind = _unlocked({**config_dict, "model_type": MODEL_TYPE})["model_type"]
         if kind not in configuration_auto.CONFIG_MAPPING:
-            raise ValueError(
-                f"transformers {transformers.__version__} does not know the model type {kind!r}; upgrade it"
-            )
+            raise ValueError(f"transformers {transformers.__version__} does not know model type {kind!r}; upgrade it")
         base = configuration_auto.CONFIG_MAPPING[kind]
         _register(base)
         return pruned_config_class(base).from_dict(config_dict, **kwargs)
