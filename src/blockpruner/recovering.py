@@ -95,7 +95,7 @@ def _made(bench: Bench, method: Recovery, name: str) -> Made:
     """What a method makes, or made before it was killed later in the chain; most trainings see to that themselves."""
     if isinstance(method, Trained) and method.written:
         bench = replace(bench, examples=with_written(bench, method))
-    if isinstance(method, Trained) and method.resumes:
+    if isinstance(method, Trained) and method.restorable:
         return method.repair(bench)
     made = kept(bench, name)
     if made is None:

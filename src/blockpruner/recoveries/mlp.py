@@ -40,7 +40,7 @@ class Mlp(Trained):
     source: ClassVar[str] = "after LLM-Streamline, Chen et al. 2024, arXiv 2403.19135 (differences: see the class)"
     needs: ClassVar[str] = "forward passes, and training on states"
     passes: ClassVar[str] = "2 to 3 forward; 2 per run with several stacks"
-    resumes: ClassVar[bool] = False  # without the states there is nothing to go on with
+    restorable: ClassVar[bool] = False  # without the states there is nothing to go on with
 
     def __post_init__(self) -> None:
         super().__post_init__()

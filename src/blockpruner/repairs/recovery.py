@@ -241,7 +241,7 @@ class Trained:
 
     whole: ClassVar[bool] = False  # whether all weights are trained, which are then a second copy of the dense model's
     package: ClassVar[str] = ""  # that it needs beside those of blockpruner itself
-    resumes: ClassVar[bool] = True  # whether what it made comes back from its checkpoints alone
+    restorable: ClassVar[bool] = True  # whether its checkpoints alone give back what it made
     teacher: ClassVar[bool] = False  # whether the dense model runs as well, where no option says so
 
     def __post_init__(self) -> None:
